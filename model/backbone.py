@@ -1,0 +1,143 @@
+"""The backbone: any timm model whose stages reach strides 8, 16 and 32."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import BackboneError
+from .neck import LEVELS
+from .registry import FeatureRegistry
+
+STRIDES = (8, 16, 32)
+UNUSED = ("head", "norm_pre")  # the classifier's pooling and norm, in ConvNeXt
+CLASSIFIER = ("head.", "norm_pre.", "fc.", "classifier.")  # in weights files
+
+
+class Backbone(nn.Module):
+    """A timm trunk that puts P3, P4, P5 (strides 8, 16, 32) into the feature registry.
+
+    The whole timm model is kept rather than its `features_only` wrapper: the wrapper hides the
+    parameter groups, and layer-wise learning-rate decay then silently does nothing.
+
+    Args:
+        name: timm's name, such as "convnext_tiny" or "convnext_tiny.fb_in1k".
+        options: further arguments of the timm model, such as `depths`, `dims`, `drop_path_rate`.
+        pretrained: take timm's published weights from its hub.
+        weights: a local safetensors file with timm's key names, instead of the hub.
+
+    Raises:
+        BackboneError: unknown name, other strides, weights that can't be had or don't fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        weights: str | None = None,
+    ):
+        super().__init__()
+        tensors = None if weights is None else _read_weights(weights)
+        self.trunk = _create(name, dict(options or {}), pretrained and weights is None)
+        info = {
+            entry["reduction"]: (i, entry["num_chs"])
+            for i, entry in enumerate(self.trunk.feature_info)
+        }
+        if any(stride not in info for stride in STRIDES):
+            raise BackboneError(
+                f"backbone {name}: its stages have strides {sorted(info)}, but a detector needs "
+                "8, 16 and 32; take a convolutional backbone such as convnext_tiny"
+            )
+        self.indices = tuple(info[stride][0] for stride in STRIDES)
+        self.channels = tuple(info[stride][1] for stride in STRIDES)
+        # The classifier's pooling and norm would be parameters that never see a gradient.
+        self.trunk.reset_classifier(0)
+        for unused in UNUSED:
+            if isinstance(getattr(self.trunk, unused, None), nn.Module):
+                setattr(self.trunk, unused, nn.Identity())
+        if tensors is not None and weights is not None:
+            _fill(self.trunk, tensors, name, weights)
+
+    def forward(self, images: Tensor, features: FeatureRegistry) -> None:
+        """`[B, 3, H, W]`, floats in [0, 1] → puts P3, P4, P5 into `features`."""
+        maps = self.trunk.forward_intermediates(
+            images, indices=self.indices, intermediates_only=True
+        )
+        for level, feature in zip(LEVELS, maps, strict=True):
+            features.put(level, feature)
+
+
+def _create(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm  # takes seconds to import, and --help must not wait for it
+
+    if not timm.is_model(name):
+        raise BackboneError(
+            f"backbone {name}: timm {timm.__version__} has no such model; "
+            "`timm.list_models('convnext*')` lists them"
+        )
+    for key in ("num_classes", "in_chans", "features_only", "pretrained"):
+        if key in options:
+            raise BackboneError(
+                f"backbone {name}: model.backbone.options.{key} is not free in a detector; drop it"
+            )
+    try:
+        trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except Exception as error:  # timm answers a wrong option with whatever breaks first
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise BackboneError(
+                f"backbone {name}: its pretrained weights can't be loaded ({_cause(error)}); "
+                "either set model.backbone.weights to a local safetensors file, or "
+                "model.backbone.pretrained: false to train from scratch"
+            ) from error
+        raise BackboneError(
+            f"backbone {name}: timm can't build it ({_cause(error)}); "
+            "check model.backbone.name and model.backbone.options"
+        ) from error
+    if not hasattr(trunk, "forward_intermediates") or not hasattr(trunk, "feature_info"):
+        raise BackboneError(
+            f"backbone {name}: timm does not give its feature maps away; "
+            "take a convolutional backbone such as convnext_tiny"
+        )
+    return trunk
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise BackboneError(
+            f"backbone weights {path}: no such file; give a safetensors file with timm's names"
+        )
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(
+            f"backbone weights {path}: not a readable safetensors file ({_cause(error)}); "
+            "give a safetensors file with timm's names"
+        ) from error
+
+
+def _fill(trunk: nn.Module, tensors: dict[str, Tensor], name: str, path: str) -> None:
+    """Loads a trunk. timm itself would skip over what does not fit, and say so in a log only."""
+    own = {key for key in tensors if not key.startswith(CLASSIFIER)}
+    wanted = trunk.state_dict()
+    for key in sorted(own ^ wanted.keys()):
+        where = "is not in the file" if key in wanted else f"is not in {name}"
+        raise BackboneError(
+            f"backbone weights {path}: {key} {where}; give weights of the same timm model"
+        )
+    for key in sorted(own):
+        if tensors[key].shape != wanted[key].shape:
+            raise BackboneError(
+                f"backbone weights {path}: {key} has the shape {tuple(tensors[key].shape)}, but "
+                f"{name} needs {tuple(wanted[key].shape)}; give weights of the same timm model"
+            )
+    trunk.load_state_dict({key: tensors[key] for key in own})
+
+
+def _cause(error: Exception) -> str:
+    """The first line of an error: the hub's and torch's run over pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
