@@ -68,6 +68,7 @@ def _match_level(targets: Targets, anchors: Tensor, stride: int, size: tuple[int
     xy = centre[target]
     from_end = xy.new_tensor([width, height]) - xy
     near_start = (xy % 1 < 0.5) & (xy > 1)  # a left or upper neighbour exists and is nearer
+    # A centre exactly on an edge counts its own cell again, as YOLOv5's positives do.
     near_end = (from_end % 1 < 0.5) & (from_end > 1)
     chosen = torch.cat((torch.ones_like(near_start[:, :1]), near_start, near_end), dim=1)  # [P, 5]
     # Offset-major, so that the order of positives does not depend on their number.

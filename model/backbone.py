@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from .registry import FeatureRegistry
 STRIDES = (8, 16, 32)
 UNUSED = ("head", "norm_pre")  # the classifier's pooling and norm, in ConvNeXt
 CLASSIFIER = ("head.", "norm_pre.", "fc.", "classifier.")  # in weights files
+
+
+SHAPES = {"depths", "dims"}  # options that make another model than the one with weights
 
 
 class Backbone(nn.Module):
@@ -33,6 +37,9 @@ class Backbone(nn.Module):
         BackboneError: unknown name, other strides, weights that can't be had or don't fit.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,
@@ -41,6 +48,11 @@ class Backbone(nn.Module):
         weights: str | None = None,
     ):
         super().__init__()
+        if pretrained and (changed := sorted(SHAPES & set(options or {}))):
+            raise BackboneError(
+                f"backbone {name}: pretrained weights are for timm's own {changed[0]}; drop "
+                f"model.backbone.options.{changed[0]}, or set model.backbone.pretrained: false"
+            )
         tensors = None if weights is None else _read_weights(weights)
         self.trunk = _create(name, dict(options or {}), pretrained and weights is None)
         info = {
@@ -54,6 +66,11 @@ class Backbone(nn.Module):
             )
         self.indices = tuple(info[stride][0] for stride in STRIDES)
         self.channels = tuple(info[stride][1] for stride in STRIDES)
+        # Pictures come in as the trunk's weights have learnt to see them. Buffers, so that exported
+        # weights do not depend on what a later timm says about the name.
+        config = self.trunk.pretrained_cfg
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1))
         # The classifier's pooling and norm would be parameters that never see a gradient.
         self.trunk.reset_classifier(0)
         for unused in UNUSED:
@@ -65,13 +82,13 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, features: FeatureRegistry) -> None:
         """`[B, 3, H, W]`, floats in [0, 1] → puts P3, P4, P5 into `features`."""
         maps = self.trunk.forward_intermediates(
-            images, indices=self.indices, intermediates_only=True
+            (images - self.mean) / self.std, indices=self.indices, intermediates_only=True
         )
         for level, feature in zip(LEVELS, maps, strict=True):
             features.put(level, feature)
 
 
-def _create(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+def _create(name: str, options: dict[str, Any], pretrained: bool) -> Any:
     import timm  # takes seconds to import, and --help must not wait for it
 
     if not timm.is_model(name):
@@ -85,7 +102,7 @@ def _create(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
                 f"backbone {name}: model.backbone.options.{key} is not free in a detector; drop it"
             )
     try:
-        trunk: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # timm answers a wrong option with whatever breaks first
         if pretrained and isinstance(error, OSError | RuntimeError):
             raise BackboneError(
@@ -97,12 +114,6 @@ def _create(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
             f"backbone {name}: timm can't build it ({_cause(error)}); "
             "check model.backbone.name and model.backbone.options"
         ) from error
-    if not hasattr(trunk, "forward_intermediates") or not hasattr(trunk, "feature_info"):
-        raise BackboneError(
-            f"backbone {name}: timm does not give its feature maps away; "
-            "take a convolutional backbone such as convnext_tiny"
-        )
-    return trunk
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

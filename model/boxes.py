@@ -41,5 +41,6 @@ def complete_iou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
 
     v = (4 / math.pi**2) * (torch.atan(w2 / (h2 + eps)) - torch.atan(w1 / (h1 + eps))).square()
     with torch.no_grad():
-        alpha = v / (v - iou + (1 + eps))
+        # Rounding takes the IoU of two equal boxes over 1, and 0 / 0 must not come of it.
+        alpha = v / (v + (1 - iou).clamp(min=0) + eps)
     return iou - distance2 / diagonal2 - alpha * v

@@ -50,7 +50,7 @@ def letterbox(image: np.ndarray, height_px: int, width_px: int) -> tuple[np.ndar
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     if (new_height, new_width) != (height, width):
         # Writable, or torch warns: Pillow's arrays are not.
-        pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
         # antialias averages when shrinking: a large photo shrinks without moiré.
         pixels = F.interpolate(
             pixels, (new_height, new_width), mode="bilinear", antialias=scale < 1

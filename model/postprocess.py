@@ -1,5 +1,6 @@
 """From candidates to detections: threshold, class-aware NMS, back to the picture."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,22 +25,45 @@ class Detections:
         return len(self.scores)
 
 
-def candidates(boxes: Tensor, scores: Tensor, confidence: float) -> Detections:
-    """All boxes of one image above the threshold, a box once for each class it scores in.
+@dataclass(frozen=True)
+class Candidates:
+    """Every box of one picture above a low threshold, not yet suppressed."""
+
+    found: Detections  # in the pixels of the network's input
+    frame: Letterbox  # where the picture lies there
+
+    def suppress(self, confidence: float, iou: float) -> Detections:
+        """Detections in the pixels of the picture, best first; cheap enough for a slider."""
+        kept = suppress(self.found, confidence, iou)
+        return Detections(self.frame.to_picture(kept.boxes), kept.scores, kept.labels)
+
+
+def candidates(
+    boxes: Tensor, scores: Tensor, frames: Sequence[Letterbox], confidence: float
+) -> list[Candidates]:
+    """Decoded predictions → the candidates of each picture, on the CPU.
+
+    A box is a candidate once for each class that it scores in.
 
     Args:
-        boxes: `[M, 4]` xyxy. scores: `[M, C]`. confidence: the threshold.
+        boxes: `[B, M, 4]` xyxy in input pixels. scores: `[B, M, C]`.
+        frames: where the B pictures lie in the input.
+        confidence: the least score of a candidate.
     """
-    where, label = (scores > confidence).nonzero(as_tuple=True)
-    score = scores[where, label]
-    if len(score) > MAX_CANDIDATES:
-        score, top = score.topk(MAX_CANDIDATES)
-        where, label = where[top], label[top]
-    return Detections(boxes[where], score, label)
+    result = []
+    pictures = zip(boxes.detach().cpu(), scores.detach().cpu(), frames, strict=True)
+    for box, score_by_class, frame in pictures:
+        where, label = (score_by_class > confidence).nonzero(as_tuple=True)
+        score = score_by_class[where, label]
+        if len(score) > MAX_CANDIDATES:
+            score, top = score.topk(MAX_CANDIDATES)
+            where, label = where[top], label[top]
+        result.append(Candidates(Detections(box[where], score, label), frame))
+    return result
 
 
 def suppress(found: Detections, confidence: float, iou: float) -> Detections:
-    """Class-aware non-maximum suppression of candidates; cheap enough for a slider."""
+    """Class-aware non-maximum suppression of boxes above a confidence."""
     sure = found.scores > confidence
     boxes, scores, labels = found.boxes[sure], found.scores[sure], found.labels[sure]
     keep = _nms_by_class(boxes.float(), scores.float(), labels, iou)[:MAX_DETECTIONS]
@@ -56,17 +80,3 @@ def _nms_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float) -> 
     kept = [members[nms(boxes[members], scores[members], iou)] for members in by_class]
     keep = torch.cat([labels[:0], *kept]).sort().values  # equal scores keep their order
     return keep[scores[keep].argsort(descending=True, stable=True)]
-
-
-def to_picture(found: Detections, frame: Letterbox) -> Detections:
-    """The same detections in the pixels of the original picture."""
-    return Detections(frame.to_picture(found.boxes), found.scores, found.labels)
-
-
-def postprocess(boxes: Tensor, scores: Tensor, confidence: float, iou: float) -> list[Detections]:
-    """Decoded predictions `[B, M, 4]`, `[B, M, C]` → the detections of each image."""
-    boxes, scores = boxes.detach().cpu(), scores.detach().cpu()
-    return [
-        suppress(candidates(b, s, confidence), confidence, iou)
-        for b, s in zip(boxes, scores, strict=True)
-    ]
