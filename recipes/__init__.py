@@ -1,0 +1,1 @@
+"""The recipes room: what is run. Configuration, training, evaluation, export, report."""

@@ -1,0 +1,102 @@
+"""DeepSpeed, made from the recipe: batch arithmetic, configuration, engine, batch statistics.
+
+global batch = micro-batch x accumulation x world size. The recipe fixes the first two; the
+accumulation follows from the world size. Losses are means within a micro-batch and gradients
+means over micro-batches, so every world size computes the same step.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..data_prep.stream import BatchPlan
+from ..model.detector import ConvNeXtYOLO, micro_batch_norms
+from .config import Recipe, RecipeError
+from .distributed import World
+from .optim import build_optimizer
+
+
+def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
+    """Who makes which part of the global batch.
+
+    Raises:
+        RecipeError: sizes that do not divide, with those that would.
+    """
+    total, micro = recipe.batch.global_size, recipe.batch.micro
+    if total % micro:
+        raise RecipeError(
+            f"batch.global = {total} is not a multiple of batch.micro = {micro}; change one of them"
+        )
+    parts = total // micro
+    if parts % world.size:
+        fitting = [str(n) for n in range(1, parts + 1) if parts % n == 0]
+        raise RecipeError(
+            f"batch.global = {total} in micro-batches of {micro} makes {parts} of them, which "
+            f"{world.size} processes can't share equally; start {' or '.join(fitting)} processes, "
+            "or change batch.global or batch.micro"
+        )
+    return BatchPlan(total, micro, world.rank, world.size)
+
+
+def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's configuration. `deepspeed.options` of the recipe adds keys, and overrides none.
+
+    Raises:
+        RecipeError: an option that the recipe already decides.
+    """
+    config: dict[str, Any] = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": recipe.optimizer.clip,
+        "zero_optimization": {"stage": recipe.deepspeed.stage},
+        # Ours is a torch optimizer: DeepSpeed's own would compile for minutes at first use.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if recipe.deepspeed.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    _merge_options(config, recipe.deepspeed.options, "deepspeed.options")
+    return config
+
+
+def _merge_options(config: dict[str, Any], options: dict[str, Any], path: str) -> None:
+    for key, value in options.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _merge_options(config[key], value, f"{path}.{key}")
+        elif key in config and config[key] != value:
+            raise RecipeError(
+                f"{path}.{key} = {value!r} contradicts {config[key]!r}, which follows from the "
+                "recipe's own keys; drop it"
+            )
+        else:
+            config[key] = value
+
+
+def build_engine(recipe: Recipe, model: ConvNeXtYOLO, plan: BatchPlan) -> Any:
+    """Wraps the model, whose weights must be loaded by now, into a DeepSpeed engine."""
+    import deepspeed
+
+    optimizer = build_optimizer(model, recipe.optimizer)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
+    )
+    return engine
+
+
+@torch.no_grad()
+def commit_batch_statistics(model: ConvNeXtYOLO, plan: BatchPlan) -> None:
+    """Moves BatchNorm's running statistics once, by the mean over the global batch."""
+    norms = micro_batch_norms(model)
+    if not norms:
+        return
+    pending = [norm.take_pending() for norm in norms]  # [2, channels] each
+    flat = torch.cat([p.flatten() for p in pending])
+    dist.all_reduce(flat)
+    flat /= plan.accumulation * plan.world_size
+    sizes = [p.numel() for p in pending]
+    for norm, part in zip(norms, flat.split(sizes), strict=True):
+        mean, var = part.view(2, -1)
+        norm.move_running(mean, var)

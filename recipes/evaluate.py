@@ -1,0 +1,166 @@
+"""COCO evaluation: predictions of all processes, pycocotools' twelve numbers, per class too."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data_prep.errors import DataError
+from ..data_prep.formats import read_coco
+from ..data_prep.reader import FileReader, SampleReader, ShardReader
+from ..data_prep.stream import Batch, Truth, ValidationSet, validation_batches
+from ..model.assign import Targets
+from ..model.detector import ConvNeXtYOLO
+from ..model.letterbox import letterbox
+from ..model.losses import AnchorCriterion
+from ..model.postprocess import Detections, candidates
+from ..model.weights import load_detector
+from .coco import coco_metrics, format_results, match_classes
+from .config import EvalSection
+from .export import latest_export
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to run the detector over a data set."""
+
+    frame_px: tuple[int, int]  # height, width
+    batch: int
+    workers: int
+    confidence: float
+    iou: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome, on the main rank. Losses are there if a criterion was given."""
+
+    results: dict[str, Any]  # METRICS, and "per_class"
+    losses: dict[str, float]
+
+
+def evaluate(
+    detector: ConvNeXtYOLO,
+    reader: SampleReader,
+    settings: EvalSettings,
+    device: torch.device,
+    criterion: AnchorCriterion | None = None,
+    class_ids: Sequence[int] | None = None,
+    progress: bool = False,
+) -> Evaluation | None:
+    """Evaluates a detector over all processes; the main one gets the result, the others None.
+
+    Args:
+        detector: in evaluation mode, on `device`, the same on every rank.
+        reader: the data set.
+        settings: frame, batch, thresholds.
+        device: where the detector is.
+        criterion: for validation losses as well.
+        class_ids: category id of each class index of the detector; the data set's own by default.
+        progress: show a bar on stderr, if it takes longer than a moment.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState(cpu=device.type == "cpu")
+    data = ValidationSet(
+        reader, settings.frame_px, letterbox, state.process_index, state.num_processes
+    )
+    found: list[tuple[Truth, np.ndarray]] = []
+    sums: dict[str, float] = {}
+    bar = tqdm(
+        total=len(data),
+        desc="eval",
+        unit="img",
+        delay=2,
+        disable=not (progress and state.is_main_process),
+    )
+    for batch in validation_batches(data, settings.batch, settings.workers):
+        bar.update(len(batch.images))
+        detections, losses = _forward(detector, batch, settings, device, criterion)
+        found += [(t, _rows(d)) for t, d in zip(batch.truth, detections, strict=True)]
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss * len(batch.images)
+    bar.close()
+    everything = gather_object([(found, sums)])
+    if not state.is_main_process:
+        return None
+    pictures = sorted((p for part, _ in everything for p in part), key=lambda p: p[0].image_id)
+    total = {
+        name: sum(part.get(name, 0.0) for _, part in everything) / len(pictures)
+        for name in (sums if criterion else ())
+    }
+    return Evaluation(coco_metrics(pictures, reader.classes, class_ids), total)
+
+
+def evaluate_command(
+    weights: Path, data: Path, images: Path | None, output: Path | None, batch: int, workers: int
+) -> None:
+    """Evaluates exported weights on shards or on a COCO JSON; prints and writes the numbers.
+
+    Raises:
+        WeightsError, DataError, CheckpointError: a mistake, in one sentence.
+    """
+    from accelerate import PartialState
+
+    use_cpu = not torch.cuda.is_available()
+    reader = open_data(data, images)
+    detector, info = load_detector(latest_export(weights) if weights.is_dir() else weights)
+    class_ids = match_classes(info.classes, reader.classes)
+    device = PartialState(cpu=use_cpu).device
+    settings = EvalSettings(
+        info.image_px, batch, workers, EvalSection().confidence, EvalSection().iou
+    )
+    outcome = evaluate(
+        detector.to(device), reader, settings, device, class_ids=class_ids, progress=True
+    )
+    if outcome is None:
+        return
+    print(format_results(outcome.results))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(json.dumps(outcome.results, indent=2) + "\n", encoding="utf-8")
+        partial.replace(output)
+        print(f"written to {output}")
+
+
+def open_data(data: Path, images: Path | None) -> SampleReader:
+    """Shards, or a COCO JSON with its images."""
+    if data.suffix != ".json":
+        return ShardReader(data)
+    if images is None:
+        raise DataError(f"--data {data} is a COCO JSON: give its pictures' folder with --images")
+    return FileReader(read_coco(data, images))
+
+
+def _forward(
+    detector: ConvNeXtYOLO,
+    batch: Batch,
+    settings: EvalSettings,
+    device: torch.device,
+    criterion: AnchorCriterion | None,
+) -> tuple[list[Detections], dict[str, float]]:
+    """Detections in the pixels of the pictures, and the losses of the batch."""
+    with torch.no_grad():
+        raw = detector(batch.images.to(device).permute(0, 3, 1, 2))
+        boxes, scores = detector.decode(raw)
+        losses: dict[str, Tensor] = {}
+        if criterion is not None:
+            targets = Targets(batch.image_index, batch.labels, batch.boxes_xyxy).to(device)
+            losses = criterion(detector.head, raw.levels, targets)
+    found = candidates(boxes, scores, batch.frames, settings.confidence)
+    detections = [picture.suppress(settings.confidence, settings.iou) for picture in found]
+    return detections, {name: float(loss) for name, loss in losses.items()}
+
+
+def _rows(found: Detections) -> np.ndarray:
+    """`[N, 6]`: x1, y1, x2, y2, score, class."""
+    columns = (found.boxes, found.scores[:, None], found.labels[:, None].float())
+    return torch.cat(columns, dim=1).numpy()

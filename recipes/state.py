@@ -1,0 +1,177 @@
+"""What a checkpoint of a run holds, and how it goes back into model, optimizer and average.
+
+Parameters are loaded into the plain model before DeepSpeed wraps it, whatever the stage; moments
+afterwards, into whichever shards this stage and world size give each rank.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, CheckpointError, Entry, published, tensor_bytes
+from .config import Recipe
+from .ema import Ema, shard_of, whole_of
+from .optim import moment_names
+
+
+def entries(engine: Any, ema: Ema, optimizer: str) -> list[Entry]:
+    """Every tensor of the run by name, in one order on all ranks."""
+    model = engine.module
+    held = model.state_dict(keep_vars=True)
+    result: list[Entry] = []
+    for name, tensor in held.items():
+        # Weights are fp32 throughout (bf16 is autocast's), so the model's own are the master's.
+        local = tensor.ds_tensor.data if hasattr(tensor, "ds_tensor") else tensor
+        gather = partial(whole_of, tensor, local)
+        result.append(Entry(f"model/{name}", tensor_bytes(tensor), gather))
+    for name, parameter in model.named_parameters():
+        for key in moment_names(optimizer) if parameter.requires_grad else ():
+            gather = partial(_get_moment, engine, parameter, key)
+            result.append(Entry(f"{key}/{name}", tensor_bytes(parameter), gather))
+    for name in ema.shadow:
+        gather = partial(ema.gather_one, name)
+        result.append(Entry(f"ema/{name}", tensor_bytes(held[name]), gather))
+    return result
+
+
+def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Fills a plain model, before DeepSpeed wraps it.
+
+    Raises:
+        CheckpointError: the recipe's model is another one.
+    """
+    try:
+        model.load_state_dict(checkpoint.section("model"))
+    except RuntimeError as error:
+        detail = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: holds another model than the recipe builds ({detail}); "
+            "resume with the recipe.yaml of the run, or train into another run folder"
+        ) from None
+
+
+def load_optimizer(engine: Any, optimizer: str, checkpoint: Checkpoint) -> None:
+    """Puts the moments and the optimizer's own step count back."""
+    create_optimizer_state(engine, optimizer, checkpoint.state["optimizer_steps"])
+    for key in moment_names(optimizer):
+        moments = checkpoint.section(key)
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                _set_moment(engine, parameter, key, moments[name])
+
+
+# Changing one of these in the middle of a run would break its arithmetic or its stream.
+FIXED = ("seed", "model", "batch.global", "batch.micro", "optimizer.name")
+
+
+def recipe_changes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
+    """Keys in which a recipe differs from the one that the checkpoint was written under.
+
+    Raises:
+        CheckpointError: one of them is fixed for the length of a run.
+    """
+    before = _flatten(checkpoint.state["recipe"])
+    now = _flatten(recipe.model_dump(mode="json", by_alias=True))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    for key in keys:
+        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: its run has {key} = {before.get(key)!r}, the "
+                f"recipe {now.get(key)!r}, and that can't change in the middle; set it back, or "
+                "train into another folder with --run"
+            )
+    return [f"{key} {before.get(key)!r} → {now.get(key)!r}" for key in keys]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the recipe's run has published its last step, under this very recipe."""
+    latest = published(Path(recipe.run) / "checkpoints")
+    if not latest:
+        return False
+    try:
+        state = json.loads((latest[0] / "manifest.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(state["finished"]) and state["recipe"] == recipe.model_dump(
+        mode="json", by_alias=True
+    )
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flatten(branch, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
+def optimizer_steps(engine: Any) -> int:
+    """How many updates the optimizer has made: skipped steps do not count."""
+    return int(engine.global_steps - engine.skipped_steps)
+
+
+def create_optimizer_state(engine: Any, optimizer: str, steps: int) -> None:
+    """Makes the optimizer's state, all zeros, before its first step.
+
+    torch makes it at the first step, which is too late for a resume; and DeepSpeed, which links
+    parameters to it then, does so after its first *group* has stepped and misses all others.
+    """
+    inner = _torch_optimizer(engine)
+    for tensor in _flat_parameters(engine):
+        inner.state[tensor] = {key: torch.zeros_like(tensor) for key in moment_names(optimizer)}
+        if optimizer == "adamw":
+            inner.state[tensor]["step"] = torch.tensor(float(steps))
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    engine.global_steps = steps
+
+
+def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """DeepSpeed wraps the optimizer at stages 1 to 3; at stage 0 it is the recipe's own."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _flat_parameters(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer really steps: shards at stages 1 to 3."""
+    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage in (1, 2):
+        return list(wrapper.single_partition_of_fp32_groups)
+    if stage == 3:
+        return list(wrapper.fp32_partitioned_groups_flat)
+    return [p for group in _torch_optimizer(engine).param_groups for p in group["params"]]
+
+
+def _get_moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
+    """A whole moment; collective at stages 1 to 3."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        moment: Tensor = _torch_optimizer(engine).state[parameter][key]
+        return moment
+    found: Tensor = safe_get_full_optimizer_state(parameter, key)
+    return found
+
+
+def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    value = value.to(engine.device)
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        _torch_optimizer(engine).state[parameter][key].copy_(value)
+    elif stage == 3:
+        # The whole-tensor call fails where the size does not divide by the ranks.
+        shard = shard_of(value, parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+        safe_set_local_optimizer_state(parameter, shard, key)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
