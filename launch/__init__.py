@@ -1,0 +1,1 @@
+"""The launch room: where a recipe is run. Command line, launchers, quickstart."""

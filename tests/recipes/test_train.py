@@ -1,0 +1,108 @@
+"""The training run in real processes: kills, resumes, stages, launchers, signals."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from convnext_yolo.recipes.checkpoint import load_checkpoint, published
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run: Callable[..., Any]) -> Any:
+    """An uninterrupted run: two ranks, ZeRO-2, the deepspeed launcher."""
+    run = tiny_run("whole")
+    run.run("deepspeed")
+    return run
+
+
+def resumed_at(output: str) -> int:
+    match = re.search(r"resuming at step (\d+) of 12", output)
+    assert match, output
+    return int(match[1])
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole: Any, tiny_run: Callable[..., Any]) -> None:
+    """SIGKILL to every process in the middle, `--resume auto`: bit-equal to never killed."""
+    killed = tiny_run("killed")
+    killed.kill_after("deepspeed", step=6)
+    assert resumed_at(killed.run("deepspeed", "--resume", "auto")) in (4, 8)
+
+    assert killed.sha256() == whole.sha256()
+    assert killed.losses() == whole.losses()  # each step is in metrics.jsonl once
+    ours, theirs = (
+        load_checkpoint(published(run.folder / "checkpoints")[0]).tensors for run in (killed, whole)
+    )
+    assert ours.keys() == theirs.keys()
+    assert {name.split("/")[0] for name in ours} == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("stage", "launcher", "options"),
+    [
+        (0, "deepspeed", []),
+        (1, "deepspeed", []),
+        (3, "deepspeed", []),
+        (3, "alone", ["--deepspeed.stage", "1"]),  # on other hardware than it began on
+    ],
+)
+def test_stages_have_equal_losses_and_resume(
+    whole: Any, tiny_run: Callable[..., Any], stage: int, launcher: str, options: list[str]
+) -> None:
+    """Stages 0, 1 and 3 give stage 2's losses, across a kill and a resume."""
+    run = tiny_run(f"stage{stage}", deepspeed={"stage": stage})
+    run.kill_after("deepspeed", step=6)
+    assert resumed_at(run.run(launcher, *options)) in (4, 8)
+    for step, (ours, theirs) in enumerate(zip(run.losses(), whole.losses(), strict=True)):
+        assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
+
+
+def test_sgd_and_layer_decay_resume_too(tiny_run: Callable[..., Any]) -> None:
+    """The other optimizer, with a group for each depth of the backbone."""
+    sections = {
+        "optimizer": {"name": "sgd", "lr": 0.001, "weight_decay": 5e-4, "layer_decay": 0.8},
+        "deepspeed": {"stage": 1},
+        "schedule": {"epochs": 12 / 9, "warmup_epochs": 0.3, "decay": "linear"},
+    }
+    uninterrupted, killed = tiny_run("sgd", **sections), tiny_run("sgd-killed", **sections)
+    uninterrupted.run("alone")
+    killed.kill_after("alone", step=6)
+    assert resumed_at(killed.run("alone")) in (4, 8)
+    assert killed.sha256() == uninterrupted.sha256()
+    checkpoint = load_checkpoint(published(killed.folder / "checkpoints")[0])
+    assert {name.split("/")[0] for name in checkpoint.tensors} == {
+        "model",
+        "ema",
+        "momentum_buffer",
+    }
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", "accelerate"])
+def test_launchers_train_the_same(whole: Any, tiny_run: Callable[..., Any], launcher: str) -> None:
+    """The same recipe under every launcher, and alone with twice the accumulation."""
+    run = tiny_run(launcher)
+    output = run.run(launcher)
+    expected = "micro-batch 2 x 4 x 1" if launcher == "alone" else "micro-batch 2 x 2 x 2"
+    assert f"global batch 8 = {expected}" in output
+    for step, (ours, theirs) in enumerate(zip(run.losses(), whole.losses(), strict=True)):
+        assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
+    if launcher != "alone":
+        assert run.sha256() == whole.sha256()
+
+
+def test_sigterm_to_launch_local_saves_and_leaves_nobody(tiny_run: Callable[..., Any]) -> None:
+    """A signal to the front process ends every process of the run, at a published step."""
+    run = tiny_run("stopped", wandb="offline", schedule={"epochs": 1000, "warmup_epochs": 1})
+    output = run.kill_after("launch local", step=2, number=signal.SIGTERM, front_only=True)
+    match = re.search(r"stopped by a signal; step (\d+) is saved", output)
+    assert match, output
+    newest = published(run.folder / "checkpoints")[0]
+    assert load_checkpoint(newest).step == int(match[1])
+    assert "Traceback" not in output, output
