@@ -233,7 +233,8 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
     if len(np.unique(ids)) != len(ids):
         problems.append(f"{folder}: an image is in two samples; make the shards again.")
     boxes = 0
-    with tqdm(total=manifest.bytes, unit="B", unit_scale=True, disable=not progress) as bar:
+    bar = tqdm(total=manifest.bytes, unit="B", unit_scale=True, delay=1, disable=not progress)
+    with bar:
         for entry in manifest.shards:
             found, boxes_read = _verify_shard(folder / entry.name, entry, len(manifest.classes))
             more = len(found) - _PROBLEMS_PER_SHARD

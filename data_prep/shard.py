@@ -181,7 +181,7 @@ def _write_all(jobs: list[_Job], workers: int, progress: bool) -> list[ShardEntr
     from tqdm import tqdm
 
     total = sum(len(job.records) for job in jobs)
-    with tqdm(total=total, desc="shard", unit="img", disable=not progress) as bar:
+    with tqdm(total=total, desc="shard", unit="img", delay=1, disable=not progress) as bar:
         if workers == 1:
             return [_write_shard(job, bar.update) for job in jobs]
         # A clean process imports webdataset, and torch with it, once for all workers.

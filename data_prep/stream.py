@@ -13,7 +13,6 @@ global batch, is dropped; the next permutation drops others.
 G global batch, m micro-batch, S steps an epoch, N boxes.
 """
 
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .augment import Augmentation, Picture, augment
 from .errors import DataError
 from .reader import SampleReader, ShardReader
+from .workers import load
 
 BLOCK = 8  # neighbouring samples that a lane reads one after the other
 WINDOW = 8  # decoded pictures that a lane keeps for its mosaics
@@ -87,28 +87,30 @@ class EpochOrder:
             )
         self.samples, self.global_batch, self.seed = samples, global_batch, seed
         self.steps = samples // global_batch
-        self._cached: tuple[int, np.ndarray] | None = None
+        self._cached: dict[int, np.ndarray] = {}
 
     def lane(self, lane: int, step: int) -> int:
         """The position of the sample that lane `lane` yields at global step `step`.
 
-        Steps below zero are those of the epoch before the first: they fill the first windows.
+        Steps below zero are those of epochs before the first: they fill the first windows.
         """
         epoch, within = divmod(step, self.steps)
         return int(self._dealt(epoch)[lane, within])
 
     def _dealt(self, epoch: int) -> np.ndarray:
         """`[G, S]` positions."""
-        if self._cached is None or self._cached[0] != epoch:
-            # Seeds must not be negative, and the epoch before the first is -1.
-            rng = np.random.default_rng((self.seed, epoch + 1))
+        if epoch not in self._cached:
+            # Seeds must not be negative. Epochs are, down to where the first windows begin.
+            rng = np.random.default_rng((self.seed, (epoch + 1) % 2**32))
             # Blocks start at another offset each epoch, so neighbours are not always the same.
             edges = np.arange(rng.integers(BLOCK), self.samples, BLOCK)
             blocks = np.split(np.arange(self.samples, dtype=np.int32), edges)
             order = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
             dealt = order[: self.global_batch * self.steps].reshape(self.global_batch, self.steps)
-            self._cached = (epoch, dealt)
-        return self._cached[1]
+            if len(self._cached) == 2:  # a window reaches from one epoch into the one before
+                del self._cached[next(iter(self._cached))]
+            self._cached[epoch] = dealt
+        return self._cached[epoch]
 
 
 class Lane:
@@ -212,26 +214,25 @@ class TrainStream(IterableDataset[Batch]):
 def training_batches(stream: TrainStream, workers: int) -> Iterator[Batch]:
     """Iterates whole micro-batches of this rank, made by `workers` processes (0: by this one)."""
     workers = min(workers, stream.plan.micro_batch)
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
-    parts = iter(loader)
+    pin = torch.cuda.is_available()
+    parts = load(stream, workers, batch_size=None)
     while True:
         # The loader takes one part from each worker in turn, so `workers` parts are one batch.
-        yield _interleave([next(parts) for _ in range(max(1, workers))])
+        yield _interleave([next(parts) for _ in range(max(1, workers))], pin)
 
 
-def _interleave(parts: Sequence[Batch]) -> Batch:
-    """Part i holds slots i, i + n, i + 2n, … of the micro-batch."""
+def _interleave(parts: Sequence[Batch], pin: bool) -> Batch:
+    """Part i holds slots i, i + n, i + 2n, … of the micro-batch.
+
+    Pinned, the pixels go to a GPU while it works. The loader's own pinning does not see into a
+    `Batch`, and its parts are not the micro-batch yet.
+    """
     n = len(parts)
-    if n == 1:
+    if n == 1 and not pin:
         return parts[0]
     size = sum(len(part.images) for part in parts)
-    images = parts[0].images.new_empty((size, *parts[0].images.shape[1:]))
+    shape = (size, *parts[0].images.shape[1:])
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
     ids = [0] * size
     for i, part in enumerate(parts):
         images[i::n] = part.images
@@ -284,31 +285,10 @@ class ValidationSet(Dataset[tuple[Picture, Any, Truth]]):
 
 def validation_batches(data: ValidationSet, batch: int, workers: int) -> Iterator[Batch]:
     """Iterates the validation pictures of this rank in order."""
-    return iter(
-        DataLoader(
-            data,
-            batch_size=batch,
-            num_workers=workers,
-            collate_fn=_collate_validation,
-            worker_init_fn=_start_worker,
-        )
-    )
+    return load(data, workers, batch_size=batch, collate_fn=_collate_validation)
 
 
 def _collate_validation(items: Sequence[tuple[Picture, Any, Truth]]) -> Batch:
     pictures, frames, truth = zip(*items, strict=True)
     batch = collate(pictures, [t.image_id for t in truth])
     return replace(batch, frames=tuple(frames), truth=tuple(truth))
-
-
-def _start_worker(_: int) -> None:
-    """Makes a worker process a quiet helper of its rank."""
-    import cv2
-
-    # A launcher's signal goes to the whole process group. The rank answers it, and needs its
-    # workers until it has; they end with the rank.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # Workers are many: a thread pool in each would only fight over the cores.
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)

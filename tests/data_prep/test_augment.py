@@ -1,0 +1,305 @@
+"""Boxes follow pixels: coloured rectangles are painted, augmented, and looked for in the result."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnext_yolo.data_prep.augment import FILL, Augmentation, Picture, _jitter, augment
+
+FRAME = (96, 128)  # height, width
+NOTHING = Augmentation(
+    mosaic=0, scale=0, translate=0, flip_left_right=0, flip_up_down=0, hue=0, saturation=0, value=0
+)
+# The label of an object is its colour's place here. No blend of one with black, with the grey
+# around pictures or with white comes near another one.
+COLOURS = np.array(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8
+)
+
+
+def painted(size: tuple[int, int], boxes: list[tuple[int, int, int, int]], first: int) -> Picture:
+    """A black picture of `size` (height, width) with one rectangle of a colour for each box."""
+    image = np.zeros((*size, 3), np.uint8)
+    labels = np.arange(first, first + len(boxes)) % len(COLOURS)
+    for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+        image[y1:y2, x1:x2] = COLOURS[label]
+    return Picture(image, np.array(boxes, np.float32).reshape(-1, 4), labels)
+
+
+# Letterboxed pictures fill one side of the frame. Objects keep off the border, so that those of
+# two pictures never touch.
+LANDSCAPE = painted((96, 128), [(10, 12, 50, 40), (60, 30, 118, 88)], 0)
+WIDE = painted((60, 128), [(8, 8, 40, 52), (70, 10, 100, 30), (72, 36, 120, 50)], 2)
+TALL = painted((96, 50), [(6, 6, 44, 40), (12, 50, 30, 90)], 5)
+EMPTY = painted((96, 128), [], 0)
+PICTURES = (LANDSCAPE, WIDE, TALL, EMPTY)
+
+
+def found(image: np.ndarray, label: int) -> np.ndarray:
+    """`[K, 4]`: bounding boxes of the patches of a colour."""
+    distance = np.abs(image.astype(int) - COLOURS[label]).max(axis=-1)
+    mask = (distance < 128).astype(np.uint8)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(mask)
+    x, y, w, h = stats[1:count, :4].T
+    return np.stack((x, y, x + w, y + h), axis=1).reshape(-1, 4)
+
+
+def assert_boxes_follow_pixels(result: Picture, whole_area: float, tolerance_px: float) -> None:
+    """Every box has its patch of colour, and every patch that is not a mere rest has its box."""
+    for label in range(len(COLOURS)):
+        patches = found(result.image, label)
+        boxes = result.boxes_xyxy[result.labels == label]
+        gaps = np.abs(boxes[:, None] - patches[None]).max(axis=-1)  # [boxes, patches]
+        if len(boxes):
+            assert len(patches), "a box round nothing"
+            assert gaps.min(axis=1).max() <= tolerance_px, (boxes, patches)
+        areas = (patches[:, 2:] - patches[:, :2]).prod(axis=1)
+        for patch, area, gap in zip(patches, areas, gaps.T, strict=True):
+            sides = patch[2:] - patch[:2]
+            if area > 0.2 * whole_area and sides.min() > 4:
+                assert gap.size and gap.min() <= tolerance_px, f"no box round {patch}"
+
+
+def assert_well_formed(result: Picture) -> None:
+    height, width = FRAME
+    assert result.image.shape == (height, width, 3)
+    assert result.image.dtype == np.uint8
+    assert result.image.flags.c_contiguous
+    assert result.boxes_xyxy.dtype == np.float32
+    assert result.boxes_xyxy.shape == (len(result.labels), 4)
+    assert result.labels.dtype == np.int64
+    assert (result.boxes_xyxy >= 0).all()
+    assert (result.boxes_xyxy <= [width, height] * 2).all()
+    assert (result.boxes_xyxy[:, 2:] - result.boxes_xyxy[:, :2] > 2).all()
+
+
+fractions = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+
+
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    primary=st.sampled_from(PICTURES),
+    mosaic=st.booleans(),
+    scale=st.sampled_from([0.0, 0.2, 0.5]),
+    translate=st.sampled_from([0.0, 0.1, 0.4]),
+    flips=st.tuples(fractions, fractions),
+)
+def test_boxes_follow_pixels(seed, primary, mosaic, scale, translate, flips):
+    options = dataclasses.replace(
+        NOTHING,
+        mosaic=float(mosaic),
+        scale=scale,
+        translate=translate,
+        flip_left_right=flips[0],
+        flip_up_down=flips[1],
+    )
+    result = augment(primary, PICTURES, *FRAME, options, np.random.default_rng(seed))
+    assert_well_formed(result)
+    largest = max((p[2] - p[0]) * (p[3] - p[1]) for q in PICTURES for p in q.boxes_xyxy)
+    assert_boxes_follow_pixels(result, largest * (1 + scale) ** 2, tolerance_px=1.5)
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("size", [(96, 128), (40, 128), (96, 20), (2, 2)])
+def test_without_augmentation_the_picture_is_centred_and_unchanged(picture, size):
+    height, width = size
+    image = np.ascontiguousarray(picture.image[:height, :width])
+    height, width = image.shape[:2]
+    boxes = np.array([[0, 0, width, height]], np.float32)
+    whole = Picture(image, boxes, np.array([7]))
+    result = augment(whole, [EMPTY], *FRAME, NOTHING, np.random.default_rng(0))
+    assert_well_formed(result) if min(size) > 2 else None
+    top, left = (FRAME[0] - height) // 2, (FRAME[1] - width) // 2
+    expected = np.full((*FRAME, 3), FILL, np.uint8)
+    expected[top : top + height, left : left + width] = image
+    np.testing.assert_array_equal(result.image, expected)
+    if min(size) > 2:
+        assert result.boxes_xyxy.tolist() == [[left, top, left + width, top + height]]
+        assert result.labels.tolist() == [7]
+
+
+def test_a_mosaic_shows_four_pictures_where_they_belong():
+    """One colour a picture: top left, top right, bottom left, bottom right of the corner."""
+    plain = [painted(FRAME, [(0, 0, FRAME[1], FRAME[0])], label) for label in range(4)]
+    options = dataclasses.replace(NOTHING, mosaic=1.0)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        result = augment(plain[0], plain[1:], *FRAME, options, rng)
+        assert not (result.image == FILL).all(axis=-1).any()  # the frame is full
+        rng = np.random.default_rng(seed)
+        rng.random()
+        chosen = rng.integers(3, size=3)
+        x, y = np.round((rng.uniform(0.5, 1.5, size=2) - 0.5) * FRAME[::-1])
+        x, y = int(np.clip(x, 2, FRAME[1] - 2)), int(np.clip(y, 2, FRAME[0] - 2))
+        corners = ((y - 2, x - 2), (y - 2, x + 1), (y + 1, x - 2), (y + 1, x + 1))
+        seen = [result.image[corner].tolist() for corner in corners]
+        assert seen == [COLOURS[i].tolist() for i in (0, *(1 + chosen))]
+
+
+def drawn(options: Augmentation, seed: int) -> Picture:
+    return augment(WIDE, PICTURES, *FRAME, options, np.random.default_rng(seed))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), mosaic=st.sampled_from([0.0, 0.5, 1.0]))
+def test_one_option_leaves_the_random_numbers_of_the_others_alone(seed, mosaic):
+    base = dataclasses.replace(NOTHING, mosaic=mosaic, scale=0.3, translate=0.1, value=0.5)
+    one = drawn(base, seed)
+
+    coloured = drawn(dataclasses.replace(base, hue=0.5, saturation=0.5), seed)
+    np.testing.assert_array_equal(coloured.boxes_xyxy, one.boxes_xyxy)
+
+    flipped = drawn(dataclasses.replace(base, flip_left_right=1.0), seed)
+    np.testing.assert_array_equal(flipped.image, one.image[:, ::-1])
+    np.testing.assert_array_equal(flipped.boxes_xyxy[:, 1::2], one.boxes_xyxy[:, 1::2])
+    np.testing.assert_allclose(
+        flipped.boxes_xyxy[:, 0::2], FRAME[1] - one.boxes_xyxy[:, 2::-2], atol=1e-4
+    )
+
+    upside_down = drawn(dataclasses.replace(base, flip_up_down=1.0), seed)
+    np.testing.assert_array_equal(upside_down.image, one.image[::-1])
+    np.testing.assert_allclose(
+        upside_down.boxes_xyxy[:, 1::2], FRAME[0] - one.boxes_xyxy[:, 3::-2], atol=1e-4
+    )
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), partners=st.sampled_from([1, 3, 8]))
+def test_geometry_leaves_the_colours_alone(seed, partners):
+    """The gains are drawn last, whatever was drawn for geometry and whether it was used."""
+    plain = [painted(FRAME, [(0, 0, FRAME[1], FRAME[0])], 0)] * (1 + partners)
+    base = dataclasses.replace(NOTHING, value=1.0)
+    others = ({"mosaic": 1.0}, {"scale": 0.5}, {"translate": 0.3}, {"flip_left_right": 0.5})
+    seen = {
+        augment(
+            plain[0],
+            plain[1:],
+            *FRAME,
+            dataclasses.replace(base, **other),
+            np.random.default_rng(seed),
+        ).image.max()
+        for other in ({}, *others)
+    }
+    assert len(seen) == 1
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_sample_is_a_function_of_pictures_and_key(seed):
+    strong = Augmentation(0.5, 0.5, 0.2, 0.5, 0.5, 0.1, 0.7, 0.4)
+    copies = [
+        Picture(p.image.copy(), p.boxes_xyxy.copy(), p.labels.copy()) for p in (WIDE, *PICTURES)
+    ]
+    np.random.seed(seed)  # the global generator must not matter
+    one = drawn(strong, seed)
+    np.random.seed(0)
+    two = augment(copies[0], copies[1:], *FRAME, strong, np.random.default_rng(seed))
+    for field in ("image", "boxes_xyxy", "labels"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
+    # The pictures stay in the lane's window and serve again: they must be as they were.
+    for before, after in zip((WIDE, *PICTURES), copies, strict=True):
+        for field in ("image", "boxes_xyxy", "labels"):
+            np.testing.assert_array_equal(getattr(before, field), getattr(after, field))
+            assert not np.shares_memory(getattr(after, field), getattr(two, field))
+
+
+def test_another_key_gives_another_sample():
+    strong = Augmentation(0.5, 0.5, 0.2, 0.5, 0.5, 0.1, 0.7, 0.4)
+    images = {drawn(strong, seed).image.tobytes() for seed in range(30)}
+    assert len(images) == 30
+
+
+def one_box(box: tuple[float, float, float, float], options: Augmentation, seed: int) -> Picture:
+    picture = Picture(LANDSCAPE.image, np.array([box], np.float32), np.array([3]))
+    return augment(picture, [EMPTY], *FRAME, options, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize(
+    ("box", "kept"),
+    [
+        ((10, 10, 13, 13), True),
+        ((10, 10, 12, 40), False),  # 2 px is not more than 2 px
+        ((10, 10, 40, 12), False),
+        ((10, 10, 12.1, 40), True),
+        ((10, 10, 10.5, 10.5), False),
+    ],
+)
+def test_small_boxes_are_dropped(box, kept):
+    result = one_box(box, NOTHING, 0)
+    assert result.labels.tolist() == ([3] if kept else [])
+    assert result.boxes_xyxy.tolist() == ([pytest.approx(box)] if kept else [])
+
+
+def test_slivers_are_dropped():
+    """Sides over 2 px, but more than 100 times as long as wide."""
+    image = np.zeros((640, 640, 3), np.uint8)
+    boxes = np.array([[100, 10, 103, 300], [200, 10, 203, 320]], np.float32)
+    picture = Picture(image, boxes, np.array([0, 1]))
+    result = augment(picture, [picture], 640, 640, NOTHING, np.random.default_rng(0))
+    assert result.labels.tolist() == [0]
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_box_stays_with_more_than_a_tenth_in_view(seed):
+    options = dataclasses.replace(NOTHING, translate=1.0)
+    box = (40, 30, 90, 70)
+    rng = np.random.default_rng(seed)
+    rng.random(), rng.integers(1, size=3), rng.uniform(0, 1, 2), rng.uniform(0, 1)
+    shift = rng.uniform(-1, 1, size=2) * FRAME[::-1]
+    moved = np.array(box) + np.tile(shift, 2)
+    clipped = np.clip(moved, 0, [*FRAME[::-1]] * 2)
+    sides = clipped[2:] - clipped[:2]
+    area = sides.prod()
+    if abs(area - 200) < 1 or np.abs(sides - 2).min() < 0.01:
+        return  # on the edge of the rule
+    result = one_box(box, options, seed)
+    if area > 200 and sides.min() > 2:
+        np.testing.assert_allclose(result.boxes_xyxy, [clipped], atol=1e-3)
+    else:
+        assert len(result.boxes_xyxy) == 0
+
+
+def test_colour_gains_of_one_change_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    np.testing.assert_array_equal(_jitter(image, np.ones(3)), image)
+
+
+def test_a_hue_gain_of_zero_leaves_only_red():
+    image = np.broadcast_to(COLOURS, (2, 6, 3))
+    assert (_jitter(np.ascontiguousarray(image), np.array([0.0, 1, 1])) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("colour", "gains", "expected"),
+    [
+        ((0, 0, 255), (1.75, 1, 1), (255, 255, 0)),  # 240° · 1.75 = 420° = 60°
+        ((255, 0, 255), (2, 1, 1), (0, 0, 255)),  # 600° = 240°
+        ((0, 255, 0), (0.5, 1, 1), (255, 255, 0)),
+        ((0, 255, 0), (1, 0, 1), (255, 255, 255)),
+        ((0, 255, 0), (1, 0.5, 1), (128, 255, 128)),
+        ((0, 200, 0), (1, 1, 0.5), (0, 100, 0)),
+        ((0, 200, 0), (1, 1, 2), (0, 255, 0)),
+        ((0, 128, 0), (1, 1, 0), (0, 0, 0)),
+        ((90, 90, 90), (2, 2, 1), (90, 90, 90)),
+    ],
+)
+def test_colour_gains(colour, gains, expected):
+    image = np.full((3, 3, 3), colour, np.uint8)
+    result = _jitter(image, np.array(gains, float))
+    assert np.abs(result.astype(int) - expected).max() <= 3
+
+
+def test_full_hue_range_is_allowed():
+    options = dataclasses.replace(NOTHING, hue=1.0)
+    for seed in range(30):
+        result = drawn(options, seed)
+        np.testing.assert_array_equal(result.boxes_xyxy, drawn(NOTHING, seed).boxes_xyxy)
+        assert result.image.max() == 255

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convnext_yolo.data_prep.errors import DataError
+from convnext_yolo.data_prep.formats import Category
+from convnext_yolo.data_prep.manifest import Manifest, ShardEntry, verify
+from convnext_yolo.data_prep.shard import write_shards
+
+Document = dict[str, Any]
+
+
+@pytest.fixture
+def shards(coco_files, tmp_path) -> Path:
+    write_shards(coco_files.read(), tmp_path / "shards", samples_per_shard=2, progress=False)
+    return tmp_path / "shards"
+
+
+def manifest_of(images: int, samples_per_shard: int) -> Manifest:
+    """A manifest of no files."""
+    entries = []
+    for index, start in enumerate(range(0, images, samples_per_shard)):
+        count = min(samples_per_shard, images - start)
+        entries.append(
+            ShardEntry(
+                name=f"shard-{index:06d}.tar",
+                bytes=count * 160_000,
+                sha256="0" * 64,
+                image_ids=np.arange(start, start + count) * 5,
+                offsets=np.arange(count, dtype=np.uint64) * np.uint64(159_744),
+                sizes=np.tile(np.array([640, 480], np.int32), (count, 1)),
+            )
+        )
+    return Manifest((Category(1, "cat"),), 7 * images, "f" * 64, tuple(entries))
+
+
+def test_save_and_load(tmp_path):
+    manifest = manifest_of(10, 4)
+    manifest.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    loaded = Manifest.load(tmp_path)
+    assert (loaded.samples, loaded.boxes, loaded.bytes) == (10, 70, 1_600_000)
+    assert (loaded.classes, loaded.fingerprint) == (manifest.classes, manifest.fingerprint)
+    assert [entry.samples for entry in loaded.shards] == [4, 4, 2]
+    last = loaded.shards[-1]
+    assert last.keys == ["000000000040", "000000000045"]
+    assert last.offsets.dtype == np.uint64
+    assert last.offsets.tolist() == [0, 159_744]
+    assert last.sizes.tolist() == [[640, 480], [640, 480]]
+    first = (tmp_path / "manifest.json").read_bytes()
+    loaded.save(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == first
+
+
+def test_the_document(shards):
+    document = json.loads((shards / "manifest.json").read_text())
+    assert document["format"] == "convnext-yolo-shards"
+    assert document["version"] == 1
+    assert document["classes"] == [{"id": 3, "name": "dog"}, {"id": 9, "name": "cat"}]
+    assert (document["samples"], document["boxes"]) == (5, 5)
+    assert document["bytes"] == sum(path.stat().st_size for path in shards.glob("*.tar"))
+    assert len(document["fingerprint"]) == 64
+    first = document["shards"][0]
+    assert first["name"] == "shard-000000.tar"
+    assert first["keys"] == ["000000000000", "000000000012"]
+    assert first["sizes"] == [[64, 24], [32, 48]]
+    assert first["offsets"][0] == 0
+    assert set(first) == {"name", "samples", "bytes", "sha256", "keys", "offsets", "sizes"}
+
+
+def test_the_manifest_of_coco_loads_well_under_a_second(tmp_path):
+    manifest_of(118_287, 512).save(tmp_path)
+    start = time.process_time()
+    loaded = Manifest.load(tmp_path)
+    assert time.process_time() - start < 1
+    assert loaded.samples == 118_287
+    arrays = [a for e in loaded.shards for a in (e.image_ids, e.offsets, e.sizes)]
+    assert sum(array.nbytes for array in arrays) <= 24 * 118_287
+
+
+def test_folders_without_a_manifest(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no such shard folder; make it with"):
+        Manifest.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"the folder is empty, it has no manifest.json; make"):
+        Manifest.load(tmp_path)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(DataError, match=r"not a shard folder, it has no manifest.json; make"):
+        Manifest.load(tmp_path)
+
+
+def first_shard(**values: Any) -> Callable[[Document], None]:
+    return lambda document: document["shards"][0].update(values)
+
+
+BAD = {
+    "other format": (lambda d: d.update(format="wids"), ["format is not 'convnext-yolo-shards'"]),
+    "other version": (lambda d: d.update(version=2), ["version is 2, this program reads 1"]),
+    "no version": (lambda d: d.pop("version"), ["version is None"]),
+    "no shards": (lambda d: d.pop("shards"), ["damaged, shards is missing"]),
+    "no classes": (lambda d: d.update(classes=[]), ["classes is empty"]),
+    "classes no list": (lambda d: d.update(classes=3), ["damaged"]),
+    "class no id": (lambda d: d["classes"][0].pop("id"), ["id is missing"]),
+    "empty shard list": (lambda d: d.update(shards=[], samples=0, bytes=0), ["no samples"]),
+    "shard twice": (lambda d: d["shards"].append(d["shards"][0]), ["a shard is listed twice"]),
+    "wrong total": (lambda d: d.update(samples=6), ["samples is 6 but its shards hold 5"]),
+    "wrong bytes": (lambda d: d.update(bytes=1), ["bytes is 1 but"]),
+    "shard no object": (lambda d: d["shards"].append("x"), ["damaged"]),
+    "name leads away": (first_shard(name="../x.tar"), ["'../x.tar' is not a shard's name"]),
+    "name is a pipe": (first_shard(name="pipe:rm x.tar"), ["is not a shard's name"]),
+    "keys no ids": (first_shard(keys=["a", "b"]), ["damaged"]),
+    "keys not in 12 digits": (first_shard(keys=["0", "12"]), ["image ids in 12 digits"]),
+    "keys too few": (first_shard(keys=["000000000000"]), ["1 keys, 2 offsets"]),
+    "keys huge": (first_shard(keys=["9" * 30, "000000000012"]), ["damaged"]),
+    "offsets falling": (first_shard(offsets=[512, 0]), ["bad offsets"]),
+    "offsets odd": (first_shard(offsets=[0, 513]), ["bad offsets"]),
+    "offsets beyond the end": (first_shard(offsets=[0, 512 * 10**6]), ["bad offsets"]),
+    "offsets negative": (first_shard(offsets=[-512, 0]), ["damaged"]),
+    "sizes flat": (first_shard(sizes=[1, 2]), ["1 sizes"]),
+    "sizes zero": (first_shard(sizes=[[0, 1], [1, 1]]), ["image sizes below 1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_manifest_gives_one_sentence(shards, case):
+    spoil, parts = BAD[case]
+    path = shards / "manifest.json"
+    document = json.loads(path.read_text())
+    spoil(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError) as caught:
+        Manifest.load(shards)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert text.endswith(".")
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff"])
+def test_a_manifest_that_is_no_manifest(shards, content):
+    (shards / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest.json: the (manifest is damaged|format is not)"):
+        Manifest.load(shards)
+
+
+# --- verify --------------------------------------------------------------------------------------
+
+
+def rewrite(shards: Path, change: Callable[[str, bytes], tuple[str, bytes] | None]) -> None:
+    """Write the first shard anew, with each member (name, content) changed or left out."""
+    path = shards / "shard-000000.tar"
+    buffer = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=buffer, mode="w") as new:
+        for member in old.getmembers():
+            content = old.extractfile(member)
+            assert content is not None
+            changed = change(member.name, content.read())
+            if changed is not None:
+                info = tarfile.TarInfo(changed[0])
+                info.size = len(changed[1])
+                new.addfile(info, io.BytesIO(changed[1]))
+    path.write_bytes(buffer.getvalue())
+
+
+def edit_json(**values: Any) -> Callable[[Path], None]:
+    def edit(name: str, content: bytes) -> tuple[str, bytes]:
+        if name == "000000000012.json":
+            content = json.dumps({**json.loads(content), **values}).encode()
+        return name, content
+
+    return lambda shards: rewrite(shards, edit)
+
+
+def flip_a_bit(shards: Path) -> None:
+    data = bytearray((shards / "shard-000001.tar").read_bytes())
+    data[1000] ^= 1
+    (shards / "shard-000001.tar").write_bytes(data)
+
+
+def cut_in_half(shards: Path) -> None:
+    path = shards / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def count_more_boxes(shards: Path) -> None:
+    path = shards / "manifest.json"
+    path.write_text(path.read_text().replace('"boxes": 5', '"boxes": 6'))
+
+
+def repeat_an_image(shards: Path) -> None:
+    path = shards / "manifest.json"
+    path.write_text(path.read_text().replace("000000000031", "000000000000"))
+
+
+DAMAGE = {
+    "flipped bit": (flip_a_bit, ["shard-000001.tar: sha256 is"]),
+    "cut": (cut_in_half, ["has 3000 bytes", "sha256 is", "1 samples can be read"]),
+    "empty": (lambda s: (s / "shard-000001.tar").write_bytes(b""), ["has 0 bytes", "broken"]),
+    "missing": (lambda s: (s / "shard-000001.tar").unlink(), ["shard-000001.tar: the shard is mi"]),
+    "extra": (
+        lambda s: (s / "shard-000009.tar").write_bytes(b""),
+        ["shard-000009.tar: the manifest doesn't list this shard"],
+    ),
+    "sample missing": (
+        lambda s: rewrite(s, lambda n, c: None if n.startswith("000000000000") else (n, c)),
+        ["holds 000000000012 at byte 0, the manifest says 000000000000 at 0", "1 samples can be"],
+    ),
+    "sample renamed": (
+        lambda s: rewrite(s, lambda n, c: (n.replace("12.", "13."), c)),
+        ["holds 000000000013 at byte"],
+    ),
+    "json missing": (
+        lambda s: rewrite(s, lambda n, c: None if n == "000000000012.json" else (n, c)),
+        ["sample 000000000012 has the members ['jpg']"],
+    ),
+    "json broken": (
+        lambda s: rewrite(s, lambda n, c: (n, b"{" if n.endswith("json") else c)),
+        ["sample 000000000000 has broken JSON", "sample 000000000012 has broken JSON"],
+    ),
+    "json no object": (
+        lambda s: rewrite(s, lambda n, c: (n, b"3" if n.endswith("json") else c)),
+        ["has broken JSON"],
+    ),
+    "image empty": (
+        lambda s: rewrite(s, lambda n, c: (n, b"" if n.endswith("jpg") else c)),
+        ["sample 000000000012 has an empty image"],
+    ),
+    "member twice": (
+        lambda s: rewrite(s, lambda n, c: (n.replace("12.jpg", "12.json"), c)),
+        ["the tar is broken after 1 samples (the member 000000000012.json comes twice)"],
+    ),
+    "json of another image": (edit_json(image_id=5), ["image_id 5 in its JSON, the manifest s"]),
+    "json of another size": (edit_json(width=5), ["width 5 in its JSON, the manifest says 32"]),
+    "json lacks a field": (edit_json(labels=None), ["has broken JSON"]),
+    "json counts differ": (edit_json(crowd=[]), ["has 0 crowd for 1 labels"]),
+    "json label unknown": (edit_json(labels=[2]), ["has labels outside the 2 classes"]),
+    "json box outside": (edit_json(boxes=[[0, 0, 33, 4]]), ["has the box [0.0, 0.0, 33.0, 4.0]"]),
+    "json box nan": (edit_json(boxes=[[0, 0, float("nan"), 4]]), ["has the box [0.0, 0.0, nan"]),
+    "json area nan": (edit_json(area=[float("nan")]), ["has an area that is no number"]),
+    "boxes miscounted": (count_more_boxes, ["boxes is 6 but the shards hold 5"]),
+    "image twice": (repeat_an_image, ["an image is in two samples"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_verify_names_the_damage(shards, case):
+    damage, parts = DAMAGE[case]
+    damage(shards)
+    problems = verify(shards, progress=False)
+    for part in parts:
+        assert any(part in problem for problem in problems), problems
+    for problem in problems:
+        assert "\n" not in problem
+        assert problem.endswith(".")
+        assert str(shards) in problem
+    # Every shard but the damaged one is found good.
+    assert not any("shard-000002.tar" in problem for problem in problems)
+
+
+def test_verify_passes_good_shards(shards, capsys):
+    assert verify(shards) == []
+    assert capsys.readouterr().err == ""  # a bar is for what takes longer
+
+
+def test_verify_does_not_repeat_itself_for_every_sample(coco_files, tmp_path):
+    folder = tmp_path / "one"
+    write_shards(coco_files.read(), folder, samples_per_shard=5, progress=False)
+    path = folder / "shard-000000.tar"
+    path.write_bytes(shifted(path))
+    problems = verify(folder, progress=False)
+    assert len(problems) == 6
+    assert problems[-1].endswith("more problems like these.")
+
+
+def shifted(path: Path) -> bytes:
+    """The tar with one more member before all others."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("stray.txt"))
+    return buffer.getvalue()[:512] + path.read_bytes()
+
+
+def test_missing_looks_at_sizes_only(shards):
+    manifest = Manifest.load(shards)
+    assert manifest.missing(shards) == []
+    cut_in_half(shards)
+    (shards / "shard-000002.tar").unlink()
+    problems = manifest.missing(shards)
+    assert len(problems) == 2
+    assert "has 3000 bytes, the manifest says" in problems[0]
+    assert "shard-000002.tar: the shard is missing" in problems[1]
