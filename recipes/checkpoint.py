@@ -126,10 +126,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: no readable manifest.json ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path}: format {manifest.get('format')!r}, not {FORMAT!r}"
-        )
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {path}: its manifest's format is not {FORMAT!r}")
     tensors: dict[str, Tensor] = {}
     for name, part in manifest["parts"].items():
         file = path / name

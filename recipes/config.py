@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Anchors = tuple[tuple[Positive, Positive], ...]  # of one level: width, height in pixels
 
@@ -26,9 +27,11 @@ class RecipeError(Exception):
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused."""
+    """A part of the recipe: unknown keys are refused, and so are infinities."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class BackboneSection(Section):
@@ -83,14 +86,12 @@ class BatchSection(Section):
     global_size: Count = Field(64, alias="global")
     micro: Count = 16
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
 
 class AugmentSection(Section):
     """Training augmentation: YOLOv5's "low" strengths."""
 
     mosaic: Fraction = 1.0
-    scale: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    scale: BelowOne = 0.5
     translate: Fraction = 0.1
     flip_left_right: Fraction = 0.5
     flip_up_down: Fraction = 0.0
@@ -114,8 +115,8 @@ class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 1e-3
     weight_decay: NotNegative = 0.05  # on weights only: no norm, bias or layer scale
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # AdamW
-    momentum: Fraction = 0.937  # SGD, Nesterov
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # AdamW
+    momentum: BelowOne = 0.937  # SGD, Nesterov
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of a backbone layer by depth
     clip: NotNegative = 10.0  # largest norm of the global gradient; 0: no limit
 
@@ -167,6 +168,16 @@ class TrackingSection(Section):
     wandb: Literal["offline", "online", "off"] = "offline"
     project: str = "convnext-yolo"
     log_every: Count = 10  # steps
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, wandb: Any) -> Any:
+        return "off" if wandb is False else wandb  # YAML takes a bare off for false
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, wandb: Any) -> Any:
+        return "off" if wandb is False else wandb  # YAML takes a bare off for false
 
 
 class Recipe(Section):

@@ -49,7 +49,7 @@ def recipe_path(name: str) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise RecipeError(f"recipe {file}: no such file; --config takes a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -57,13 +57,28 @@ def _read(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "not YAML")
         raise RecipeError(f"recipe {file}{line}: {problem}; mend the YAML there") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {file}: holds {type(content).__name__}, not `key: value` lines")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that comes twice is a mistake: YAML would forget the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value} comes twice", problem_mark=key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _merge(
@@ -96,7 +111,7 @@ def _parse_options(options: Sequence[str]) -> list[tuple[list[str], Any]]:
             )
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise RecipeError(f"option --{key}: its value is missing; write --{key} VALUE")
             value = words.pop(0)
         try:
@@ -121,6 +136,9 @@ def _sentence(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> 
         close = difflib.get_close_matches(location[-1], known, n=1)
         mend = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where}: unknown key {key}; {mend}"
+    if first["type"] == "model_type":
+        mend = f"needs keys below it ({', '.join(_known_keys(location))}), or drop the line"
+        return f"{where}: {key} = {first['input']!r}: {mend}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{where}: {key} = {first['input']!r}: {message}"

@@ -43,7 +43,8 @@ def build_optimizer(model: ConvNeXtYOLO, options: OptimizerSection) -> torch.opt
     groups = parameter_groups(model, options)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True)
+    momentum = options.momentum
+    return torch.optim.SGD(groups, lr=options.lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def moment_names(optimizer: str) -> tuple[str, ...]:

@@ -1,0 +1,163 @@
+"""Checkpoints: whole or not there, and never believed without their hashes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from convnext_yolo.recipes import checkpoint
+from convnext_yolo.recipes.checkpoint import (
+    CheckpointError,
+    Entry,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    published,
+    save_checkpoint,
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def entries(seed: int = 0) -> list[Entry]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        "model/weight": torch.randn(3, 5, generator=generator),
+        "model/count": torch.tensor(7),
+        "ema/weight": torch.randn(3, 5, generator=generator),
+    }
+    return [
+        Entry(name, tensor.nbytes, functools.partial(Tensor.clone, tensor))
+        for name, tensor in tensors.items()
+    ]
+
+
+def save(folder: Path, step: int, keep: int = 5) -> Path:
+    return save_checkpoint(folder, step, entries(step), {"note": f"at {step}"}, keep)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = save(tmp_path, 12)
+    assert path.name == "step-00000012" and (tmp_path / "latest").read_text() == path.name
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.state) == (12, {"note": "at 12"})
+    for entry in entries(12):
+        assert torch.equal(loaded.tensors[entry.name], entry.gather())
+    assert set(loaded.section("model")) == {"weight", "count"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 30, 4):
+        save(tmp_path, step, keep=2)
+    assert [path.name[-2:] for path in published(tmp_path)] == ["30", "04"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped byte": (flip, "part-00000.safetensors is damaged"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged"),
+    "missing part": (Path.unlink, "part-00000.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_one_is_named_and_the_one_before_used(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    damage, words = DAMAGE[case]
+    damage(newest / "part-00000.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(newest)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    error = capsys.readouterr().err
+    assert str(newest) in error and words in error
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{", "[]", '{"format": "else"}'])
+def test_manifests_that_are_none(manifest: str | None, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    if manifest is None:
+        (path / "manifest.json").unlink()
+    else:
+        (path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=str(path)):
+        load_checkpoint(path)
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("point", ["_write_part", "_write_text", "_sync_folder"])
+def test_dying_while_writing_leaves_the_last_one(
+    point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception at a write point stands for a kill there: nothing after it happens."""
+    save(tmp_path, 1)
+
+    def die(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, point, die)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 2)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    save(tmp_path, 2)  # over what the death has left
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_which_one_a_run_goes_on_from(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto") is None
+    assert find_checkpoint(tmp_path, "never") is None
+    first, _ = save(tmp_path, 1), save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "auto").step == 2  # type: ignore[union-attr]
+    assert find_checkpoint(tmp_path, str(first)).step == 1  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="--resume never"):
+        find_checkpoint(tmp_path, "never")
+    with pytest.raises(CheckpointError, match="absent"):
+        find_checkpoint(tmp_path, str(tmp_path / "absent"))
+
+
+@given(sizes=st.lists(st.integers(0, 3 * checkpoint.PART_BYTES // 2), max_size=40))
+def test_parts_hold_everything_once_in_order(sizes: list[int]) -> None:
+    all_entries = [Entry(f"t{i}", size, torch.Tensor) for i, size in enumerate(sizes)]
+    parts = checkpoint._parts(all_entries)
+    assert [entry for part in parts for entry in part] == all_entries
+    for part in parts:
+        total = sum(entry.bytes for entry in part)
+        assert part and (total <= checkpoint.PART_BYTES or len(part) == 1)
+
+
+def test_the_manifest_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 70)
+    path = save(tmp_path, 3)
+    parts = json.loads((path / "manifest.json").read_text())["parts"]
+    assert sorted(parts) == ["part-00000.safetensors", "part-00001.safetensors"]
+    assert all((path / name).stat().st_size == part["bytes"] for name, part in parts.items())
+    assert set(load_checkpoint(path).tensors) == {entry.name for entry in entries()}
