@@ -62,15 +62,17 @@ def coco_metrics(
     results = [row for part in rows for row in part]
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of every step
         truth.createIndex()
-        if not results:  # pycocotools can't index an empty list
-            metrics: dict[str, Any] = dict.fromkeys(METRICS, 0.0)
-            empty = {category.name: {"AP": 0.0, "AP50": 0.0} for category in classes}
-            return {**metrics, "per_class": empty}
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        found = COCO()
+        if results:
+            found = truth.loadRes(results)
+        else:  # which loadRes does not take
+            found.dataset = {**truth.dataset, "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+    metrics: dict[str, Any] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [IoU, recall, class], all areas
     metrics["per_class"] = {
         category.name: {

@@ -174,11 +174,6 @@ class TrackingSection(Section):
     def _off(cls, wandb: Any) -> Any:
         return "off" if wandb is False else wandb  # YAML takes a bare off for false
 
-    @field_validator("wandb", mode="before")
-    @classmethod
-    def _off(cls, wandb: Any) -> Any:
-        return "off" if wandb is False else wandb  # YAML takes a bare off for false
-
 
 class Recipe(Section):
     """One run."""

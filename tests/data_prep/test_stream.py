@@ -24,6 +24,7 @@ from convnext_yolo.data_prep.stream import (
 from convnext_yolo.model.letterbox import letterbox
 
 process = pytest.mark.process
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on few cores
 
 SAMPLES, GLOBAL, MICRO, FRAME = 57, 16, 4, (64, 96)
 STEPS = SAMPLES // GLOBAL  # fewer than a window holds

@@ -51,8 +51,17 @@ def test_a_missed_class_and_the_threshold_between() -> None:
 
 def test_nothing_found() -> None:
     results = coco_metrics([(truth(5, [[0, 0, 9, 9]], [0]), rows())], CLASSES)
-    assert all(results[name] == 0 for name in METRICS)
-    assert set(results["per_class"]) == {"cat", "dog"}
+    larger = {"AP_medium", "AP_large", "AR_medium", "AR_large"}  # none to find, as for dogs
+    assert {name: results[name] for name in METRICS} == {
+        name: -1 if name in larger else 0 for name in METRICS
+    }
+    assert results["per_class"] == {"cat": {"AP": 0, "AP50": 0}, "dog": {"AP": -1, "AP50": -1}}
+
+
+def test_nothing_to_find() -> None:
+    for found in (rows(), rows((0, 0, 9, 9, 0.9, 0))):
+        results = coco_metrics([(truth(5, [], []), found)], CLASSES)
+        assert all(results[name] == -1 for name in METRICS)
 
 
 def test_a_crowd_is_neither_missed_nor_a_mistake() -> None:
