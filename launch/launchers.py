@@ -62,7 +62,8 @@ def local(
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     words = [_script("deepspeed"), "--num_gpus", str(processes), "--master_port", _free_port()]
-    return Command([*words, *_train_words(configs, resume, options)], environment)
+    quiet = ["--log_level", "error"]  # on one machine its news of hosts and ranks is noise
+    return Command([*words, *quiet, *_train_words(configs, resume, options)], environment)
 
 
 def deepspeed(
@@ -85,8 +86,8 @@ def run(command: Command, dry_run: bool) -> None:
     Raises:
         LaunchError: the command failed; carries its exit code.
     """
+    print(command if dry_run else f"$ {command}", flush=True)
     if dry_run:
-        print(command)
         return
     child = subprocess.Popen(
         command.words, env={**os.environ, **command.environment}, start_new_session=True
