@@ -56,6 +56,18 @@ def test_lanes_read_neighbours_one_after_the_other():
     assert steps.count(1) / len(steps) > 1 - 1.5 / BLOCK
 
 
+def test_blocks_begin_elsewhere_each_epoch():
+    """Else the same eight pictures would always meet."""
+    order = EpochOrder(4096, 16, 0)
+    starts = set()
+    for epoch in range(8):
+        pairs = [pair for lane in epoch_of(order, epoch) for pair in itertools.pairwise(lane)]
+        here = {b % BLOCK for a, b in pairs if b != a + 1}
+        assert len(here) <= 2  # the first block begins with the data
+        starts |= here
+    assert len(starts) > 3
+
+
 def test_a_window_over_two_epochs_deals_each_once(monkeypatch):
     """Dealing 118,287 images takes as long as decoding ten: not for every lane of a resume."""
     order = EpochOrder(118_287, 64, 0)

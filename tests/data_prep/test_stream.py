@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from convnext_yolo.data_prep.stream import (
     WINDOW,
     Batch,
     BatchPlan,
+    EpochOrder,
+    Lane,
     TrainStream,
     training_batches,
 )
@@ -132,6 +135,38 @@ def test_another_seed_gives_other_batches(noise_shards):
     first, second = next(iter(one)), next(iter(two))
     assert first.image_ids != second.image_ids
     assert sha256([first]) != sha256([second])
+
+
+def test_partners_are_the_pictures_of_the_steps_before():
+    order = EpochOrder(40, 4, 0)
+    pictures: dict[int, Any] = {i: object() for i in range(40)}
+    lane = Lane(2, order, lambda position: (pictures[position], 100 + position))
+    for step in range(-3, 25):
+        primary, image_id, partners = lane.at(step)
+        assert primary is pictures[order.lane(2, step)]
+        assert image_id == 100 + order.lane(2, step)
+        before = [pictures[order.lane(2, s)] for s in range(step - WINDOW, step)]
+        assert len(partners) == WINDOW
+        assert all(a is b for a, b in zip(partners, before, strict=True))
+
+
+def test_every_sample_has_a_key_of_its_own(noise_shards, monkeypatch):
+    stream = stream_of(ShardReader(noise_shards))
+    keys = []
+    generator = np.random.default_rng
+
+    def note(seed: tuple[int, ...]) -> np.random.Generator:
+        keys.append(seed)
+        return generator(seed)
+
+    lanes = [Lane(lane, stream.order, stream._decode) for lane in range(GLOBAL)]
+    monkeypatch.setattr(np.random, "default_rng", note)
+    for step in range(2 * STEPS):
+        for lane in lanes:
+            stream._sample(lane, step)
+    keys = [key for key in keys if len(key) == 3]  # the others deal epochs
+    epochs = [(7, epoch, i) for epoch in range(2) for i in range(STEPS * GLOBAL)]
+    assert keys == epochs
 
 
 class Counting(ShardReader):

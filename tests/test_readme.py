@@ -1,0 +1,96 @@
+"""Every command of the README: run where it says so, else held against what it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convnext_yolo.launch.cli import main
+from convnext_yolo.launch.commands import build_parser
+from convnext_yolo.recipes.config import Recipe
+from convnext_yolo.recipes.load import load_recipe, recipe_path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(<!-- test: run -->\n)?```sh\n(.*?)```", README, re.S)
+LINES = [
+    line.split(" #")[0].strip()
+    for is_run, block in BLOCKS
+    if not is_run
+    for line in block.replace("\\\n", " ").splitlines()
+]
+
+
+@pytest.mark.process
+@pytest.mark.timeout(600)
+def test_blocks_that_run(tmp_path: Path) -> None:
+    """One after the other, as a reader would, in the repository's root."""
+    for name in ("data_prep", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script = "".join(block for is_run, block in BLOCKS if is_run)
+    assert script.count("convnext-yolo") == 9
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-eux", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming at step 8 of 12" in result.stdout
+    for name in ("mine.safetensors", "results.json", "figures/curves.png", "runs/mine/recipe.yaml"):
+        assert (tmp_path / name).is_file()
+    printed = re.search(r"^.*deepspeed --hostfile hostfile .*$", result.stdout, re.M)
+    assert printed
+    # What is printed is what the README gives to copy, but for paths and defaults.
+    shown = next(line for line in LINES if line.startswith("deepspeed"))
+    words = [Path(w).name for w in shlex.split(printed[0]) if w not in ("--resume", "auto")]
+    assert words == [Path(w).name for w in shlex.split(shown)]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_other_lines(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{words[0]}:", makefile, re.M)
+        return
+    if program != "convnext-yolo":  # a launcher: what follows the module is our command line
+        assert "convnext_yolo.launch" in words
+        words = words[words.index("convnext_yolo.launch") + 1 :]
+    options, rest = build_parser().parse_known_args(words)
+    if "config" in options:
+        load_recipe([recipe_path(str(ROOT / name)) for name in options.config], rest)
+    if words[0] == "launch":
+        words[words.index("--config") + 1] = str(ROOT / words[words.index("--config") + 1])
+        assert main([*words, "--dry-run"]) == 0
+        assert "deepspeed --num_gpus" in capsys.readouterr().out
+
+
+def test_recipe_keys_are_those_of_the_recipe() -> None:
+    """The table names every section, and every key of the smaller ones."""
+    table = README[README.index("## Recipe keys") : README.index("| recipe | for |")]
+    for name, section in Recipe.model_fields.items():
+        assert f"`{name}`" in table
+        keys = getattr(section.annotation, "model_fields", {})
+        for key, field in keys.items():
+            if name != "model":
+                assert f"`{field.alias or key}`" in table, f"{name}.{key}"
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_packaged_recipes_load_and_are_listed() -> None:
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        load_recipe([path])
+        assert f"[{path.stem}](recipes/{path.name})" in README
