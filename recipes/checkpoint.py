@@ -14,6 +14,7 @@ Invariants:
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def save_checkpoint(
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob("step-*.partial"):  # by a run that was killed while writing
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
 
@@ -96,24 +98,38 @@ def save_checkpoint(
     if rank == 0:
         parts = {name: part for w in everyone for name, part in w.items()}
         manifest = {"format": FORMAT, "step": step, "state": state, "parts": parts}
+        manifest["sha256"] = _manifest_sha256(manifest)
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
         _sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _write_text(folder / "latest.partial", final.name)
         (folder / "latest.partial").replace(folder / "latest")
         _sync_folder(folder)
-        for old in published(folder)[keep:]:
-            shutil.rmtree(old)
+        _retire(folder, final, keep)
     dist.barrier()
     return final
 
 
+def _retire(folder: Path, final: Path, keep: int) -> None:
+    """Keeps the last few up to `final`, which was just published and is never deleted.
+
+    Newer ones are of a branch that the run has left: damaged, or older than a `--resume PATH`.
+    They would win the next `--resume auto`, so they are set aside.
+    """
+    for path in published(folder):
+        if path.name > final.name:
+            aside = path.with_name("set-aside-" + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path.name} is not of this run's past; set aside as {aside}", file=sys.stderr)
+    for old in published(folder)[keep:]:
+        shutil.rmtree(old)
+
+
 def published(folder: Path) -> list[Path]:
     """The published checkpoints of a run, newest first."""
-    return sorted(
-        (p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".partial"), reverse=True
-    )
+    names = re.compile(r"step-\d{8,}")
+    return sorted((p for p in folder.glob("step-*") if names.fullmatch(p.name)), reverse=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -128,6 +144,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: no readable manifest.json ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: its manifest's format is not {FORMAT!r}")
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise CheckpointError(f"checkpoint {path}: manifest.json is damaged (its sha256 differs)")
     tensors: dict[str, Tensor] = {}
     for name, part in manifest["parts"].items():
         file = path / name
@@ -140,21 +158,38 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to go on from; every rank finds the same.
+    """The checkpoint to go on from: the main rank chooses, and all load the same.
+
+    Args:
+        folder: the run's `checkpoints`.
+        resume: "auto", "never" or a checkpoint.
 
     Raises:
-        CheckpointError: `never` where there are checkpoints, or a path that does not load.
+        CheckpointError: `never` where there are checkpoints, a path that does not load, or
+            checkpoints of which none does.
     """
-    if resume == "auto":
-        return newest_checkpoint(folder)
-    if resume != "never":
-        return load_checkpoint(Path(resume))
-    if published(folder):
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            chosen[0] = _choose(folder, resume)
+        except CheckpointError as error:
+            chosen[0] = error
+    dist.broadcast_object_list(chosen)
+    if isinstance(chosen[0], CheckpointError):
+        raise chosen[0]
+    return None if chosen[0] is None else load_checkpoint(chosen[0])
+
+
+def _choose(folder: Path, resume: str) -> Path | None:
+    if resume not in ("auto", "never"):
+        return Path(resume)
+    newest = newest_checkpoint(folder) if resume == "auto" else None
+    if newest is None and published(folder):
+        why = "none of the checkpoints there can be used" if resume == "auto" else "it has some"
         raise CheckpointError(
-            f"--resume never: {folder} already holds checkpoints of a run; "
-            "remove that folder or choose another --run"
+            f"--resume {resume}: {folder}: {why}; remove that folder or choose another --run"
         )
-    return None
+    return newest.path if newest else None
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -185,6 +220,10 @@ def _write_part(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

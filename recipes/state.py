@@ -4,7 +4,6 @@ Parameters are loaded into the plain model before DeepSpeed wraps it, whatever t
 afterwards, into whichever shards this stage and world size give each rank.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, CheckpointError, Entry, published, tensor_bytes
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    load_checkpoint,
+    published,
+    tensor_bytes,
+)
 from .config import Recipe
 from .ema import Ema, shard_of, whole_of
 from .optim import moment_names
@@ -93,12 +99,20 @@ def is_finished(recipe: Recipe) -> bool:
     if not latest:
         return False
     try:
-        state = json.loads((latest[0] / "manifest.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError):
+        state = load_checkpoint(latest[0]).state
+    except CheckpointError:
         return False
-    return bool(state["finished"]) and state["recipe"] == recipe.model_dump(
-        mode="json", by_alias=True
-    )
+    now = recipe.model_dump(mode="json", by_alias=True)
+    return bool(state["finished"]) and state["recipe"] == now
+
+
+def check_data(checkpoint: Checkpoint, fingerprint: str, shards: str) -> None:
+    """Raises CheckpointError where the shards are not those that the run began on."""
+    if checkpoint.state["data_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path}: its run began on other training shards than {shards}; "
+            "set data.train back to those, or train into another folder with --run"
+        )
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Any]:

@@ -74,6 +74,9 @@ class Run:
         self.classes = [{"id": c.id, "name": c.name} for c in reader.classes]
         checkpoint = find_checkpoint(self.folder / "checkpoints", resume)
         self.step = checkpoint.step if checkpoint else 0
+        self.fingerprint = reader.manifest.fingerprint
+        if checkpoint:
+            state.check_data(checkpoint, self.fingerprint, recipe.data.train)
         self.changes = state.recipe_changes(recipe, checkpoint) if checkpoint else []
         # What the last evaluation said goes with every checkpoint after it.
         self.metrics: dict[str, float] = checkpoint.state["metrics"] if checkpoint else {}
@@ -208,6 +211,7 @@ class Run:
             "recipe": self.recipe.model_dump(mode="json", by_alias=True),
             "architecture": architecture(self.recipe, len(self.classes)),
             "classes": self.classes,
+            "data_fingerprint": self.fingerprint,
             "metrics": self.metrics,
         }
         tensors = state.entries(self.engine, self.ema, self.recipe.optimizer.name)

@@ -64,9 +64,24 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 30, 4):
+    for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=2)
-    assert [path.name[-2:] for path in published(tmp_path)] == ["30", "04"]
+    assert [path.name[-2:] for path in published(tmp_path)] == ["04", "03"]
+
+
+def test_a_branch_that_was_left_is_set_aside_and_the_new_one_kept(tmp_path: Path) -> None:
+    save(tmp_path, 20)
+    flip(save(tmp_path, 30) / "part-00000.safetensors")
+    (tmp_path / "step-x").mkdir()  # not ours
+    (tmp_path / "step-00000028.partial").mkdir()  # of a killed run
+    save(tmp_path, 25, keep=1)
+    assert [path.name for path in published(tmp_path)] == ["step-00000025"]
+    assert find_checkpoint(tmp_path, "auto").step == 25  # type: ignore[union-attr]
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == [
+        "set-aside-step-00000030",
+        "step-00000025",
+        "step-x",
+    ]
 
 
 def flip(path: Path) -> None:
@@ -96,6 +111,13 @@ def test_a_damaged_one_is_named_and_the_one_before_used(
     assert found is not None and found.step == 1
     error = capsys.readouterr().err
     assert str(newest) in error and words in error
+
+
+def test_a_manifest_that_was_changed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": 9'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        load_checkpoint(path.parent)
 
 
 @pytest.mark.parametrize("manifest", [None, "", "{", "[]", '{"format": "else"}'])
@@ -142,6 +164,10 @@ def test_which_one_a_run_goes_on_from(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "never")
     with pytest.raises(CheckpointError, match="absent"):
         find_checkpoint(tmp_path, str(tmp_path / "absent"))
+    for path in published(tmp_path):
+        flip(path / "part-00000.safetensors")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        find_checkpoint(tmp_path, "auto")
 
 
 @given(sizes=st.lists(st.integers(0, 3 * checkpoint.PART_BYTES // 2), max_size=40))

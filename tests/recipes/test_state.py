@@ -1,0 +1,63 @@
+"""What may change between a checkpoint and the recipe that resumes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convnext_yolo.recipes.checkpoint import Checkpoint, CheckpointError
+from convnext_yolo.recipes.config import Recipe
+from convnext_yolo.recipes.load import load_recipe
+from convnext_yolo.recipes.state import check_data, is_finished, recipe_changes
+
+
+def written_under(recipe: Recipe, **state: Any) -> Checkpoint:
+    recorded = recipe.model_dump(mode="json", by_alias=True)
+    return Checkpoint(Path("runs/x/step-00000004"), 4, {"recipe": recorded, **state}, {})
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ([], []),
+        (["--deepspeed.stage", "3"], ["deepspeed.stage 1 → 3"]),
+        (["--schedule.epochs", "60", "--data.workers", "0"], ["data.workers 4 → 0", "schedule.epochs 50.0 → 60.0"]),
+    ],
+)
+def test_what_may_change_is_told(words: list[str], changes: list[str]) -> None:
+    told = recipe_changes(load_recipe([], words), written_under(Recipe()))
+    assert len(told) == len(changes)
+    for change in changes:
+        assert any(change in line for line in told), told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", "1"],
+        ["--batch.global", "32"],
+        ["--batch.micro", "8"],
+        ["--model.neck_repeats", "2"],
+        ["--model.backbone.options.depths", "[1]"],
+        ["--optimizer.name", "sgd"],
+    ],
+)
+def test_what_may_not_is_refused(words: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=words[0][2:]):
+        recipe_changes(load_recipe([], words), written_under(Recipe()))
+
+
+def test_other_shards_are_refused() -> None:
+    checkpoint = written_under(Recipe(), data_fingerprint="a")
+    check_data(checkpoint, "a", "shards/train")
+    with pytest.raises(CheckpointError, match="other training shards than shards/train"):
+        check_data(checkpoint, "b", "shards/train")
+
+
+def test_a_run_that_is_not_there_is_not_finished(tmp_path: Path) -> None:
+    recipe = load_recipe([], ["--run", str(tmp_path)])
+    assert not is_finished(recipe)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert not is_finished(recipe)
