@@ -23,7 +23,10 @@ def written_under(recipe: Recipe, **state: Any) -> Checkpoint:
     [
         ([], []),
         (["--deepspeed.stage", "3"], ["deepspeed.stage 1 → 3"]),
-        (["--schedule.epochs", "60", "--data.workers", "0"], ["data.workers 4 → 0", "schedule.epochs 50.0 → 60.0"]),
+        (
+            ["--schedule.epochs", "60", "--data.workers", "0"],
+            ["data.workers 4 → 0", "schedule.epochs 50.0 → 60.0"],
+        ),
     ],
 )
 def test_what_may_change_is_told(words: list[str], changes: list[str]) -> None:
