@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from convnext_yolo.data_prep.formats import Category
 from convnext_yolo.data_prep.reader import Sample
+from convnext_yolo.model.detector import build_detector
+from convnext_yolo.model.weights import WeightsInfo, save_weights
+from convnext_yolo.recipes.build import architecture
 from convnext_yolo.recipes.coco import METRICS
 from convnext_yolo.recipes.evaluate import EvalSettings, Evaluation, evaluate, open_data
+from convnext_yolo.recipes.load import load_recipe
 
+MODULE = "convnext_yolo.launch"
 SETTINGS = EvalSettings(frame_px=(96, 128), batch=2, workers=0, confidence=0.1, iou=0.6)
 
 
@@ -105,47 +110,27 @@ def test_a_perfect_detector_scores_one() -> None:
     assert outcome.losses == {"box": pytest.approx(1)}  # one a picture: the crowd is no target
 
 
-def ranks_of(world: int, count: int, folder: Path) -> list[Evaluation | None]:
-    """What every rank's `evaluate` returns."""
-    from accelerate import PartialState
-
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-
-    def rank_main(rank: int) -> None:
-        PartialState._shared_state.clear()
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate wants to see them
-        store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        outcome: Any = "failed"
-        try:
-            outcome = run(count)
-            dist.destroy_process_group()
-        finally:
-            queue.put((rank, outcome))
-
-    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    outcomes = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return [outcomes[rank] for rank in range(world)]
-
-
 @pytest.mark.process
-@pytest.mark.parametrize(("world", "count"), [(2, 7), (3, 2)])  # 3, 2: a rank without a picture
-def test_processes_share_the_pictures_and_change_nothing(
-    world: int, count: int, tmp_path: Path
-) -> None:
-    alone = run(count)
-    first, *others = ranks_of(world, count, tmp_path)
-    assert alone is not None
-    assert first is not None
-    assert first.results == alone.results
-    assert first.losses == pytest.approx(alone.losses)
-    assert others == [None] * (world - 1)
+def test_a_rank_without_pictures_changes_nothing(datasets: Path, tmp_path: Path) -> None:
+    """Three processes and two pictures; test_quickstart.py has trained weights on all of them."""
+    cells = json.loads((datasets / "bccd/instances_val.json").read_text())
+    cells["images"] = cells["images"][:2]
+    ids = {image["id"] for image in cells["images"]}
+    cells["annotations"] = [a for a in cells["annotations"] if a["image_id"] in ids]
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    design = architecture(load_recipe([], ["--model.backbone.name", "test_convnext"]), 3)
+    torch.manual_seed(0)
+    weights = build_detector(design).state_dict()
+    names = tuple({"id": c["id"], "name": c["name"]} for c in cells["categories"])
+    save_weights(tmp_path / "w.safetensors", weights, WeightsInfo(design, names, (96, 128)))
+
+    words = ["eval", "--weights", tmp_path / "w.safetensors", "--data", tmp_path / "cells.json"]
+    words += ["--images", datasets / "bccd/images/val", "--output"]
+    scripts = Path(sys.executable).parent
+    torchrun = [scripts / "torchrun", "--standalone", "--nproc-per-node", "3", "-m"]
+    for launcher, name in ([scripts / "convnext-yolo"], "1"), ([*torchrun, MODULE], "3"):
+        subprocess.run([*launcher, *words, tmp_path / name], check=True, timeout=200)
+    assert json.loads((tmp_path / "1").read_text()) == json.loads((tmp_path / "3").read_text())
 
 
 def test_data_is_shards_or_a_json_with_its_pictures(tmp_path: Path) -> None:
