@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_described: list[str] = []  # the variables that we set ourselves, not a launcher
+
 
 @dataclass(frozen=True)
 class World:
@@ -32,8 +35,9 @@ def start_world() -> World:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        port = str(_free_port())
+        os.environ.update(zip(VARIABLES, ("0", "1", "0", "127.0.0.1", port), strict=True))
+        _described.extend(VARIABLES)
     import deepspeed  # after DS_ACCELERATOR, which it reads when imported
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -55,6 +59,8 @@ def stop_world() -> None:
     """Leaves the process group, so that no launcher waits for us."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _described:  # what this process starts later is not a rank of a world that is gone
+        os.environ.pop(_described.pop(), None)
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -148,6 +149,7 @@ def test_missing_and_empty_shards(tmp_path: Path, fails: Callable[..., str]) -> 
         assert str(tmp_path / name) in fails("train", "--config", recipe)
         assert str(tmp_path / name) in fails("verify", tmp_path / name)
     assert not (tmp_path / "run").exists()
+    assert "RANK" not in os.environ  # later processes of ours are no ranks
 
 
 def test_missing_weights_and_runs(
