@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,6 +85,14 @@ class BatchSection(Section):
 
     global_size: Count = Field(64, alias="global")
     micro: Count = 16
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> "BatchSection":
+        if self.global_size % self.micro:
+            raise ValueError(
+                f"global {self.global_size} is not a multiple of micro {self.micro}; change one"
+            )
+        return self
 
 
 class AugmentSection(Section):

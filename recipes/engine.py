@@ -24,10 +24,6 @@ def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
         RecipeError: sizes that do not divide, with those that would.
     """
     total, micro = recipe.batch.global_size, recipe.batch.micro
-    if total % micro:
-        raise RecipeError(
-            f"batch.global = {total} is not a multiple of batch.micro = {micro}; change one of them"
-        )
     parts = total // micro
     if parts % world.size:
         fitting = [str(n) for n in range(1, parts + 1) if parts % n == 0]
