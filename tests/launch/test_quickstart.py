@@ -127,4 +127,12 @@ def test_eval_in_two_processes_and_on_a_coco_json(run_folder: Path, tmp_path: Pa
         capture_output=True,
     )
     alone = json.loads((run_folder / "results.json").read_text())
-    assert json.loads(output.read_text()) == alone
+    several = json.loads(output.read_text())
+    assert set(several["per_class"]) == set(alone["per_class"])
+    # Not to the bit: a process alone has more threads, which sum in another order, and two boxes
+    # with nearly one score may change places.
+    assert {m: several[m] for m in METRICS} == pytest.approx(
+        {m: alone[m] for m in METRICS}, abs=1e-3
+    )
+    for name, numbers in several["per_class"].items():
+        assert numbers == pytest.approx(alone["per_class"][name], abs=1e-3)
