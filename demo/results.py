@@ -13,9 +13,10 @@ def class_names(info: WeightsInfo) -> list[str]:
 
 
 def describe_model(info: WeightsInfo) -> dict[str, Any]:
-    """What the model is: name (of its backbone), architecture, step, classes, input, hash."""
+    """What the model is: backbone, architecture, step, classes, input, hash."""
+    backbone = info.architecture.get("backbone", {}).get("name")
     return {
-        "name": info.architecture.get("backbone", "unknown"),
+        "name": backbone or info.architecture.get("name", "unknown"),
         "architecture": info.architecture.get("name", "unknown"),
         "step": info.step,
         "classes": list(info.classes),

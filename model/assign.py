@@ -1,8 +1,11 @@
-"""Which anchor at which cell answers for which object: YOLOv5's shape matching.
+"""Which prediction answers for which object.
 
-An object belongs to an anchor whose width and height are both within a factor of its own, in the
-object's own cell and in the up to two neighbours that its centre is closest to. An object may
-match several anchors, cells and levels, or none.
+`match_anchors`, for the anchor head: YOLOv5's shape matching. An object belongs to an anchor whose
+width and height are both within a factor of its own, in the object's own cell and in the up to
+two neighbours that its centre is closest to; to several anchors, cells and levels, or to none.
+
+`align_cells`, for the anchor-free head: task alignment (Feng et al., TOOD, 2021). An object
+belongs to the cells inside it whose predictions are best in class and box together.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .boxes import pairwise_iou
+
 SHAPE_RATIO = 4.0
+# YOLOv8's and PP-YOLOE's numbers for TOOD's: cells an object, powers of score and IoU.
+TOP_CELLS, SCORE_POWER, IOU_POWER = 10, 0.5, 6.0
 
 
 class Targets(NamedTuple):
@@ -87,3 +94,64 @@ def _match_level(targets: Targets, anchors: Tensor, stride: int, size: tuple[int
         boxes=torch.cat((inside, wh[target]), dim=-1),
         anchor_size=anchors[anchor],
     )
+
+
+class Alignment(NamedTuple):
+    """Positives of a batch. K positives, no two at one cell of one image."""
+
+    image: Tensor  # [K]
+    cell: Tensor  # [K] of the M cells of all levels
+    target: Tensor  # [K] which object
+    quality: Tensor  # [K] in [0, 1]: the score that the cell should give its class
+
+
+@torch.no_grad()
+def align_cells(
+    targets: Targets, boxes: Tensor, scores: Tensor, centres: Tensor, least_px: float
+) -> Alignment:
+    """Gives each object its best cells, by score^.5 · IoU^6 of what they predict now.
+
+    A cell that several objects want goes to the one it overlaps most. The quality of an object's
+    cells is their metric, scaled so that the best has the object's best IoU (TOOD, equation 3).
+
+    Args:
+        targets: N objects.
+        boxes, scores: predictions `[B, M, 4]` xyxy in pixels and `[B, M, C]` in [0, 1].
+        centres: of the M cells, `[M, 2]` in pixels.
+        least_px: objects smaller than this are taken as so large when cells inside them are
+            looked for, so that the smallest still has one.
+    """
+    (image, label, truth), cells = targets, len(centres)
+    if not len(label):
+        return Alignment(image, image, image, boxes.new_zeros(0))
+    middle = (truth[:, :2] + truth[:, 2:]) / 2
+    half = (truth[:, 2:] - truth[:, :2]).clamp(min=least_px) / 2
+    inside = ((centres - middle[:, None]).abs() <= half[:, None]).all(-1)  # [N, M]
+    # The floor keeps an object that nothing overlaps yet from having no cell.
+    iou = pairwise_iou(truth[:, None], boxes[image]).clamp(min=1e-6)
+    metric = scores[image, :, label] ** SCORE_POWER * iou**IOU_POWER * inside
+    best, cell = metric.topk(min(TOP_CELLS, cells))  # [N, K]
+    target = torch.arange(len(label), device=label.device)[:, None].expand_as(cell)
+    chosen = best > 0
+    target, cell, metric = target[chosen], cell[chosen], best[chosen]
+    iou = iou[target, cell]
+    won = _winners(image[target] * cells + cell, iou, len(boxes) * cells)
+    target, cell, metric, iou = target[won], cell[won], metric[won], iou[won]
+    top_metric = _largest(metric, target, len(label))
+    top_iou = _largest(iou, target, len(label))
+    return Alignment(image[target], cell, target, metric / top_metric * top_iou)
+
+
+def _winners(place: Tensor, iou: Tensor, places: int) -> Tensor:
+    """Which of the claims `[P]` to places wins: the largest IoU, of equal ones the first."""
+    highest = iou.new_zeros(places).scatter_reduce_(0, place, iou, "amax")
+    wins = iou == highest[place]
+    number = torch.arange(len(place), device=place.device)
+    first = number.new_full((places,), len(place))
+    first.scatter_reduce_(0, place[wins], number[wins], "amin")
+    return first[place] == number
+
+
+def _largest(values: Tensor, target: Tensor, targets: int) -> Tensor:
+    """For each value the largest one of its target, `[K]`."""
+    return values.new_zeros(targets).scatter_reduce_(0, target, values, "amax")[target]

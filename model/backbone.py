@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from .errors import BackboneError
 from .neck import LEVELS
+from .norms import replace_batch_norms
 from .registry import FeatureRegistry
 
 STRIDES = (8, 16, 32)
-UNUSED = ("head", "norm_pre")  # the classifier's pooling and norm, in ConvNeXt
-CLASSIFIER = ("head.", "norm_pre.", "fc.", "classifier.")  # in weights files
-
-
 SHAPES = {"depths", "dims"}  # options that make another model than the one with weights
 
 
@@ -55,29 +52,26 @@ class Backbone(nn.Module):
             )
         tensors = None if weights is None else _read_weights(weights)
         self.trunk = _create(name, dict(options or {}), pretrained and weights is None)
-        info = {
-            entry["reduction"]: (i, entry["num_chs"])
-            for i, entry in enumerate(self.trunk.feature_info)
-        }
-        if any(stride not in info for stride in STRIDES):
-            raise BackboneError(
-                f"backbone {name}: its stages have strides {sorted(info)}, but a detector needs "
-                "8, 16 and 32; take a convolutional backbone such as convnext_tiny"
-            )
-        self.indices = tuple(info[stride][0] for stride in STRIDES)
-        self.channels = tuple(info[stride][1] for stride in STRIDES)
+        config = self.trunk.pretrained_cfg
+        found = _stages(self.trunk, name)
+        self.indices = tuple(index for index, _ in found)
+        self.channels = tuple(channels for _, channels in found)
         # Pictures come in as the trunk's weights have learnt to see them. Buffers, so that exported
         # weights do not depend on what a later timm says about the name.
-        config = self.trunk.pretrained_cfg
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1))
-        # The classifier's pooling and norm would be parameters that never see a gradient.
-        self.trunk.reset_classifier(0)
-        for unused in UNUSED:
-            if isinstance(getattr(self.trunk, unused, None), nn.Module):
-                setattr(self.trunk, unused, nn.Identity())
+        everything = set(self.trunk.state_dict())
+        # What comes after the last stage would be parameters that never see a gradient.
+        self.trunk.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
         if tensors is not None and weights is not None:
-            _fill(self.trunk, tensors, name, weights)
+            classifier = config.get("classifier") or "head"
+            classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+            unused = everything - set(self.trunk.state_dict())
+            own = {k: t for k, t in tensors.items() if not k.startswith(classifier)}
+            own = {k: t for k, t in own.items() if k not in unused}
+            _fill(self.trunk, own, name, weights)
+        # After the weights are there. The statistics then do not depend on the world size.
+        replace_batch_norms(self.trunk)
 
     def forward(self, images: Tensor, features: FeatureRegistry) -> None:
         """`[B, 3, H, W]`, floats in [0, 1] → puts P3, P4, P5 into `features`."""
@@ -116,6 +110,22 @@ def _create(name: str, options: dict[str, Any], pretrained: bool) -> Any:
         ) from error
 
 
+def _stages(trunk: Any, name: str) -> list[tuple[int, int]]:
+    """Index and channels of the stages with strides 8, 16 and 32."""
+    info = {e["reduction"]: (i, e["num_chs"]) for i, e in enumerate(trunk.feature_info)}
+    if any(stride not in info for stride in STRIDES):
+        raise BackboneError(
+            f"backbone {name}: its stages have strides {sorted(info)}, but a detector needs "
+            "8, 16 and 32; take a convolutional backbone such as convnext_tiny"
+        )
+    if trunk.pretrained_cfg.get("fixed_input_size"):
+        raise BackboneError(
+            f"backbone {name}: takes pictures of one size only; take a convolutional backbone such "
+            "as convnext_tiny"
+        )
+    return [info[stride] for stride in STRIDES]
+
+
 def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise BackboneError(
@@ -132,20 +142,20 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 def _fill(trunk: nn.Module, tensors: dict[str, Tensor], name: str, path: str) -> None:
     """Loads a trunk. timm itself would skip over what does not fit, and say so in a log only."""
-    own = {key for key in tensors if not key.startswith(CLASSIFIER)}
     wanted = trunk.state_dict()
-    for key in sorted(own ^ wanted.keys()):
+    for key in sorted(tensors.keys() ^ wanted.keys()):
         where = "is not in the file" if key in wanted else f"is not in {name}"
         raise BackboneError(
             f"backbone weights {path}: {key} {where}; give weights of the same timm model"
         )
-    for key in sorted(own):
-        if tensors[key].shape != wanted[key].shape:
+    for key, own in wanted.items():
+        # A 1x1 convolution and a linear layer hold the same numbers (timm's conv_mlp).
+        if tensors[key].squeeze().shape != own.squeeze().shape:
             raise BackboneError(
                 f"backbone weights {path}: {key} has the shape {tuple(tensors[key].shape)}, but "
-                f"{name} needs {tuple(wanted[key].shape)}; give weights of the same timm model"
+                f"{name} needs {tuple(own.shape)}; give weights of the same timm model"
             )
-    trunk.load_state_dict({key: tensors[key] for key in own})
+    trunk.load_state_dict({key: tensors[key].reshape(own.shape) for key, own in wanted.items()})
 
 
 def _cause(error: Exception) -> str:

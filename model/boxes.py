@@ -18,6 +18,15 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat((centre - half, centre + half), dim=-1)
 
 
+def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of boxes pair by pair, xyxy `[..., 4]` that broadcast → `[...]` in [0, 1]."""
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (first, second)]
+    return intersection / (areas[0] + areas[1] - intersection).clamp(min=1e-7)
+
+
 def complete_iou(first: Tensor, second: Tensor, eps: float = 1e-7) -> Tensor:
     """CIoU of boxes pair by pair, cxcywh `[N, 4]` each → `[N]` in (-1.5, 1].
 

@@ -1,6 +1,13 @@
-"""The detector: backbone → feature registry → neck → head, and how to build one by arguments."""
+"""The detectors: backbone → feature registry → neck → head, and how to build each by arguments.
 
-from collections.abc import Mapping, Sequence
+| name | backbone | neck | head |
+|------|----------|------|------|
+| `yolov5` | CSPDarknet | PANet | anchors |
+| `seed_convnext_yolo` | any of timm | 1×1 adapters, PANet | anchors |
+| `convnext_yolo` | any of timm | norms, large-kernel PANet | anchor-free, decoupled |
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,54 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import STRIDES, Backbone
-from .head import AnchorHead
-from .layers import MicroBatchNorm2d
-from .neck import PANet
+from .csp import CSPDarknet, scaled_depth
+from .head import AlignedHead, AnchorHead
+from .losses import AlignedCriterion, AnchorCriterion
+from .neck import PANet, large_kernel_neck, seed_neck, yolov5_neck
 from .registry import FeatureRegistry
+
+Anchors = Sequence[Sequence[Sequence[float]]]  # for each level, pairs of width and height, px
+Criterion = AnchorCriterion | AlignedCriterion
 
 
 @dataclass(frozen=True)
 class RawPredictions:
-    """What the network says, before any decoding: one map `[B, A, H, W, 5 + C]` a level."""
+    """What the network says, before any decoding: one map of logits a level, see the heads."""
 
     levels: tuple[Tensor, ...]
 
 
-class ConvNeXtYOLO(nn.Module):
-    """The study's detector: timm ConvNeXt → 1×1 adapters → PANet → anchor head.
-
-    Args:
-        classes: number of classes.
-        backbone: a timm name whose stages reach strides 8, 16, 32.
-        backbone_options: arguments of the timm model (`depths`, `dims`, `drop_path_rate`, …).
-        pretrained, weights: see `Backbone`; neither changes the architecture.
-        adapter_channels: channels of P3, P4, P5 after the adapters.
-        neck_channels: channels of the neck's three outputs.
-        neck_repeats: bottlenecks in each block of the neck.
-        anchors: for each level A pairs of width and height in pixels.
-    """
+class Detector(nn.Module):
+    """A function: images in, raw predictions out; the same in training and in inference."""
 
     def __init__(
-        self,
-        classes: int,
-        backbone: str,
-        backbone_options: Mapping[str, Any],
-        adapter_channels: Sequence[int],
-        neck_channels: Sequence[int],
-        neck_repeats: int,
-        anchors: Sequence[Sequence[Sequence[float]]],
-        pretrained: bool = False,
-        weights: str | None = None,
+        self, backbone: Backbone | CSPDarknet, neck: PANet, head: AnchorHead | AlignedHead
     ):
         super().__init__()
-        self.backbone = Backbone(backbone, backbone_options, pretrained, weights)
-        self.neck = PANet(self.backbone.channels, adapter_channels, neck_channels, neck_repeats)
-        self.head = AnchorHead(neck_channels, classes, anchors, STRIDES)
+        self.backbone, self.neck, self.head = backbone, neck, head
 
     def forward(self, images: Tensor) -> RawPredictions:
         """`[B, 3, H, W]` uint8 in [0, 255] or floats in [0, 1]; H and W multiples of 32."""
         if images.dtype == torch.uint8:
-            images = images.to(self.head.anchors.dtype) / 255
+            images = images.to(next(self.parameters()).dtype) / 255
         features = FeatureRegistry()
         self.backbone(images, features)
         maps = self.neck(features)
@@ -67,15 +56,83 @@ class ConvNeXtYOLO(nn.Module):
         return self.head.decode(raw.levels)
 
 
-ARCHITECTURES = {"convnext_yolo": ConvNeXtYOLO}
+def yolov5(classes: int, depth: float, width: float, anchors: Anchors) -> Detector:
+    """YOLOv5 v6: n, s, m, l by depth and width multiples (see `CSPDarknet`)."""
+    backbone = CSPDarknet(depth, width)
+    neck = yolov5_neck(backbone.channels, scaled_depth(3, depth))
+    return Detector(backbone, neck, AnchorHead(backbone.channels, classes, anchors, STRIDES))
 
 
-def build_detector(architecture: Mapping[str, Any]) -> ConvNeXtYOLO:
+def seed_convnext_yolo(
+    classes: int,
+    backbone: Mapping[str, Any],
+    adapter_channels: Sequence[int],
+    neck_channels: Sequence[int],
+    neck_repeats: int,
+    anchors: Anchors,
+) -> Detector:
+    """The study's detector: a ConvNeXt in the place of YOLOv5's backbone.
+
+    Args:
+        classes: number of classes.
+        backbone: arguments of `Backbone`.
+        adapter_channels: channels of P3, P4, P5 after the adapters.
+        neck_channels: channels of the neck's three outputs.
+        neck_repeats: bottlenecks in each block of the neck.
+        anchors: for each level pairs of width and height in pixels.
+    """
+    trunk = Backbone(**backbone)
+    neck = seed_neck(trunk.channels, adapter_channels, neck_channels, neck_repeats)
+    return Detector(trunk, neck, AnchorHead(neck_channels, classes, anchors, STRIDES))
+
+
+def convnext_yolo(
+    classes: int,
+    backbone: Mapping[str, Any],
+    neck_channels: Sequence[int],
+    neck_repeats: int,
+    head_channels: int,
+    head_convs: int,
+    distance_bins: int,
+) -> Detector:
+    """Ours: a norm on each tapped stage, large-kernel neck, anchor-free decoupled head.
+
+    Args:
+        classes: number of classes.
+        backbone: arguments of `Backbone`.
+        neck_channels: channels of P3, P4, P5 in the neck.
+        neck_repeats: bottlenecks in each block of the neck.
+        head_channels, head_convs: width and depth of the head's branches.
+        distance_bins: bins of the distribution of a box's side.
+    """
+    trunk = Backbone(**backbone)
+    neck = large_kernel_neck(trunk.channels, neck_channels, neck_repeats)
+    head = AlignedHead(neck_channels, classes, head_channels, head_convs, distance_bins, STRIDES)
+    return Detector(trunk, neck, head)
+
+
+ARCHITECTURES: dict[str, Callable[..., Detector]] = {
+    "yolov5": yolov5,
+    "seed_convnext_yolo": seed_convnext_yolo,
+    "convnext_yolo": convnext_yolo,
+}
+
+
+def build_detector(architecture: Mapping[str, Any]) -> Detector:
     """Builds a detector from `{"name": …, **arguments}`, the form kept in exported weights."""
     arguments = dict(architecture)
     return ARCHITECTURES[arguments.pop("name")](**arguments)
 
 
-def micro_batch_norms(model: nn.Module) -> list[MicroBatchNorm2d]:
-    """The norms whose running statistics wait for `move_running`, in the order of modules."""
-    return [module for module in model.modules() if isinstance(module, MicroBatchNorm2d)]
+def without_pretrained(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The same architecture with nothing to fetch: all of its weights come from elsewhere."""
+    result = dict(architecture)
+    if "backbone" in result:
+        result["backbone"] = {**result["backbone"], "pretrained": False, "weights": None}
+    return result
+
+
+def build_criterion(detector: Detector, gains: Mapping[str, float]) -> Criterion:
+    """The criterion that goes with the detector's head, with gains by the names of its losses."""
+    kind = AnchorCriterion if isinstance(detector.head, AnchorHead) else AlignedCriterion
+    return kind(**gains)

@@ -1,10 +1,18 @@
-"""The anchor head of YOLOv5: one 1×1 convolution a level, and its decoding."""
+"""The two heads, and how what they say becomes boxes.
+
+`AnchorHead` is YOLOv5's: anchors, objectness, one 1×1 convolution a level. `AlignedHead` is ours:
+no anchors, no objectness, classes and boxes in branches of their own.
+B batch, A anchors, H W cells of a level, M cells of all levels, C classes, R bins of a distance.
+"""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .layers import Conv, SeparableConv
+from .norms import group_norm
 
 
 class AnchorHead(nn.Module):
@@ -70,6 +78,85 @@ class AnchorHead(nn.Module):
             score = probability[..., 4:5] * probability[..., 5:]
             scores.append(score.reshape(batch, -1, self.classes))
         return torch.cat(boxes, 1), torch.cat(scores, 1)
+
+
+class AlignedHead(nn.Module):
+    """Predicts, for each cell, C classes and four distances to the sides of a box.
+
+    The distances are distributions over R bins of a stride each (Li et al., "Generalized Focal
+    Loss", 2020). The branches are decoupled (Ge et al., YOLOX, 2021), shared by the levels (Tian
+    et al., FCOS, 2019; Lyu et al., RTMDet, 2022) and made of separable 5×5 convolutions, whose
+    cost is that of 1×1 ones; the last 1×1 of each level is its own.
+
+    Args:
+        in_channels: channels of the three feature maps.
+        classes: number of classes, C.
+        width: channels of the branches.
+        depth: convolutions of each branch.
+        bins: R; a box reaches at most R - 1 strides from the centre of its cell.
+        strides: pixels a cell, level by level.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        classes: int,
+        width: int,
+        depth: int,
+        bins: int,
+        strides: Sequence[int],
+    ):
+        super().__init__()
+        self.classes, self.bins, self.strides = classes, bins, tuple(strides)
+        self.stems = nn.ModuleList(Conv(c, width, norm=group_norm) for c in in_channels)
+        self.box_branch = nn.Sequential(
+            *(SeparableConv(width, 5, group_norm) for _ in range(depth))
+        )
+        self.cls_branch = nn.Sequential(
+            *(SeparableConv(width, 5, group_norm) for _ in range(depth))
+        )
+        self.box_convs = nn.ModuleList(nn.Conv2d(width, 4 * bins, 1) for _ in strides)
+        self.cls_convs = nn.ModuleList(nn.Conv2d(width, classes, 1) for _ in strides)
+        for conv in self.cls_convs:
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            # A prior of 1 %: Lin et al., "Focal Loss", 2017, section 4.1.
+            nn.init.constant_(conv.bias, -math.log(99))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Feature maps `[B, channels, H, W]` → raw maps `[B, H, W, 4·R + C]`, logits."""
+        raw = []
+        for level, feature in enumerate(features):
+            x = self.stems[level](feature)
+            box = self.box_convs[level](self.box_branch(x))
+            cls = self.cls_convs[level](self.cls_branch(x))
+            raw.append(torch.cat((box, cls), dim=1).permute(0, 2, 3, 1))
+        return raw
+
+    def decode(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw maps → boxes xyxy in input pixels `[B, M, 4]` and class scores `[B, M, C]`."""
+        distances, logits = self.split(raw)
+        return self.boxes(distances, *self.cells(raw)), logits.sigmoid()
+
+    def split(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw maps → logits of distances `[B, M, 4, R]` and of classes `[B, M, C]`, 32 bits."""
+        flat = torch.cat([level.flatten(1, 2) for level in raw], dim=1).float()
+        distances, logits = flat.split((4 * self.bins, self.classes), dim=-1)
+        return distances.unflatten(-1, (4, self.bins)), logits
+
+    def cells(self, raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Centres of all cells in input pixels `[M, 2]`, and their strides `[M, 1]`."""
+        centres, strides = [], []
+        for level, stride in zip(raw, self.strides, strict=True):
+            grid = cell_grid(level.shape[1], level.shape[2], level.device).flatten(0, 1)
+            centres.append((grid + 0.5) * stride)
+            strides.append(torch.full_like(centres[-1][:, :1], stride))
+        return torch.cat(centres), torch.cat(strides)
+
+    def boxes(self, distances: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        """The means of the distributions `[B, M, 4, R]` as boxes xyxy in pixels `[B, M, 4]`."""
+        bins = torch.arange(self.bins, dtype=distances.dtype, device=distances.device)
+        left_top, right_bottom = ((distances.softmax(-1) @ bins) * strides).chunk(2, dim=-1)
+        return torch.cat((centres - left_top, centres + right_bottom), dim=-1)
 
 
 def cell_grid(height: int, width: int, device: torch.device) -> Tensor:

@@ -1,4 +1,8 @@
-"""The training criterion of the anchor head: box, objectness and class losses, by name."""
+"""The training criteria of the two heads: losses by name, gains inside.
+
+Every loss is normalised within the micro-batch it is given, so a global batch cut into the same
+micro-batches has the same losses at any world size.
+"""
 
 from collections.abc import Sequence
 
@@ -6,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .assign import Targets, match_anchors
-from .boxes import complete_iou
-from .head import AnchorHead
+from .assign import Targets, align_cells, match_anchors
+from .boxes import complete_iou, xyxy_to_cxcywh
+from .head import AlignedHead, AnchorHead
 
 # Objectness of the level with the most cells weighs most: YOLOv5's balance for P3, P4, P5.
 LEVEL_BALANCE = (4.0, 1.0, 0.4)
@@ -17,17 +21,18 @@ LEVEL_BALANCE = (4.0, 1.0, 0.4)
 class AnchorCriterion(nn.Module):
     """Box = mean(1 - CIoU) over positives, obj = BCE against that CIoU, cls = BCE.
 
-    Every loss is a mean within the micro-batch it is given, so a global batch cut into the same
-    micro-batches has the same losses at any world size. Gains are scaled to the number of classes
-    and the input size as published, and come out inside the returned losses.
+    Gains are scaled to the number of classes and the input size as published.
 
     Args:
-        box_gain, obj_gain, cls_gain: weights of the three losses.
+        box, obj, cls: gains of the three losses.
     """
 
-    def __init__(self, box_gain: float, obj_gain: float, cls_gain: float):
+    names = ("box", "obj", "cls")
+    sums_over_pictures = True  # YOLOv5's total is the mean times the batch
+
+    def __init__(self, box: float, obj: float, cls: float):
         super().__init__()
-        self.box_gain, self.obj_gain, self.cls_gain = box_gain, obj_gain, cls_gain
+        self.box_gain, self.obj_gain, self.cls_gain = box, obj, cls
 
     def forward(
         self, head: AnchorHead, raw: Sequence[Tensor], targets: Targets
@@ -74,3 +79,62 @@ def _claim(objectness: Tensor, at: tuple[Tensor, ...], iou: Tensor) -> None:
     last = torch.zeros(objectness.numel(), dtype=torch.int64, device=index.device)
     last.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amax")
     objectness.view(-1)[index] = iou[last[index]]
+
+
+class AlignedCriterion(nn.Module):
+    """Box = 1 - CIoU, dfl = distribution focal loss, cls = BCE against the alignment's quality.
+
+    Positives count by their quality, and all three are divided by the sum of qualities (Feng et
+    al., TOOD, 2021, equations 5 and 6, with BCE for its focal loss as in YOLOv8).
+
+    Args:
+        box, cls, dfl: gains of the three losses.
+    """
+
+    names = ("box", "cls", "dfl")
+    sums_over_pictures = False
+
+    def __init__(self, box: float, cls: float, dfl: float):
+        super().__init__()
+        self.box_gain, self.cls_gain, self.dfl_gain = box, cls, dfl
+
+    def forward(
+        self, head: AlignedHead, raw: Sequence[Tensor], targets: Targets
+    ) -> dict[str, Tensor]:
+        """Raw maps `[B, H, W, 4·R + C]` and N targets → `{"box", "cls", "dfl"}`, scalars."""
+        distances, logits = head.split(raw)
+        centres, strides = head.cells(raw)
+        boxes = head.boxes(distances, centres, strides)
+        found = align_cells(
+            targets, boxes.detach(), logits.detach().sigmoid(), centres, min(head.strides)
+        )
+        wanted = torch.zeros_like(logits)
+        wanted[found.image, found.cell, targets.label[found.target]] = found.quality
+        total = found.quality.sum().clamp(min=1)
+        cls = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / total
+
+        at, truth = (found.image, found.cell), targets.boxes[found.target]
+        centre, stride = centres[found.cell], strides[found.cell]
+        iou = complete_iou(xyxy_to_cxcywh(boxes[at]), xyxy_to_cxcywh(truth))
+        box = ((1 - iou) * found.quality).sum() / total
+        to_sides = torch.cat((centre - truth[:, :2], truth[:, 2:] - centre), dim=1)
+        focal = distribution_focal_loss(distances[at], to_sides / stride)
+        dfl = (focal * found.quality).sum() / total
+        return {"box": box * self.box_gain, "cls": cls * self.cls_gain, "dfl": dfl * self.dfl_gain}
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Cross-entropy with the two bins round each distance, by their nearness: a mean over sides.
+
+    Li et al., "Generalized Focal Loss", 2020, equation 6.
+
+    Args:
+        logits: `[K, 4, R]`. distances: `[K, 4]` in bins, clamped to what the bins can say.
+    """
+    distances = distances.clamp(0, logits.shape[-1] - 1 - 0.01)
+    lower = distances.long()
+    share = distances - lower  # of the upper bin
+    logs = logits.log_softmax(-1)
+    at_lower = logs.gather(-1, lower[..., None]).squeeze(-1)
+    at_upper = logs.gather(-1, lower[..., None] + 1).squeeze(-1)
+    return -(at_lower * (1 - share) + at_upper * share).mean(-1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .detector import ConvNeXtYOLO
+from .detector import Detector
 from .letterbox import letterbox
 from .postprocess import Candidates, Detections, candidates
 from .weights import WeightsInfo, load_detector
@@ -19,7 +19,7 @@ class Predictor:
     and IoU without running it again.
     """
 
-    def __init__(self, detector: ConvNeXtYOLO, info: WeightsInfo, device: str | None = None):
+    def __init__(self, detector: Detector, info: WeightsInfo, device: str | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.detector = detector.to(self.device).eval()
         self.info = info

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .detector import ConvNeXtYOLO, build_detector
+from .detector import Detector, build_detector, without_pretrained
 from .errors import WeightsError
 
 FORMAT = "convnext-yolo weights 1"
@@ -117,7 +117,7 @@ def read_info(path: Path) -> WeightsInfo:
         ) from error
 
 
-def load_detector(path: Path) -> tuple[ConvNeXtYOLO, WeightsInfo]:
+def load_detector(path: Path) -> tuple[Detector, WeightsInfo]:
     """Builds the detector of a weights file and fills it, in evaluation mode, on the CPU.
 
     Raises:
@@ -130,7 +130,7 @@ def load_detector(path: Path) -> tuple[ConvNeXtYOLO, WeightsInfo]:
         raise WeightsError(f"weights {path}: tensors differ from their sha256; export again")
     try:
         # The recipe's pretrained weights were a start: here all weights come from the file.
-        detector = build_detector(info.architecture | {"pretrained": False, "weights": None})
+        detector = build_detector(without_pretrained(info.architecture))
         detector.load_state_dict(tensors)
     except Exception as error:  # metadata can be wrong in any way
         raise WeightsError(

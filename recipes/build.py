@@ -12,16 +12,8 @@ from .optim import total_steps
 
 def architecture(recipe: Recipe, classes: int) -> dict[str, Any]:
     """The arguments of `build_detector`."""
-    model = recipe.model
-    return {
-        "name": model.name,
-        "classes": classes,
-        "backbone": model.backbone.name,
-        "backbone_options": model.backbone.options,
-        "pretrained": model.backbone.pretrained,
-        "weights": model.backbone.weights,
-        **json.loads(model.model_dump_json(exclude={"name", "backbone"})),
-    }
+    model: dict[str, Any] = json.loads(recipe.model.model_dump_json(exclude={"weights", "loss"}))
+    return {"classes": classes, **model}
 
 
 def eval_settings(recipe: Recipe) -> EvalSettings:

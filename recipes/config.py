@@ -3,7 +3,15 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -43,15 +51,46 @@ class BackboneSection(Section):
     weights: str | None = None  # or from a local safetensors file with timm's names
 
 
-class ModelSection(Section):
-    """The detector: the study's ConvNeXt-YOLO."""
+class AnchorLoss(Section):
+    """Gains of the anchor head's losses: YOLOv5's for small models."""
+
+    box: NotNegative = 0.05
+    obj: NotNegative = 1.0
+    cls: NotNegative = 0.5
+
+
+class AlignedLoss(Section):
+    """Gains of the anchor-free head's losses: YOLOv8's."""
+
+    box: NotNegative = 7.5
+    cls: NotNegative = 0.5
+    dfl: NotNegative = 1.5
+
+
+class DetectorSection(Section):
+    """What every detector has."""
+
+    weights: str | None = None  # begin from a whole detector: a file of `export` or `import`
+
+
+class ConvNeXtYOLOSection(DetectorSection):
+    """Ours: a norm on each tapped stage, large-kernel neck, anchor-free decoupled head."""
 
     name: Literal["convnext_yolo"] = "convnext_yolo"
     backbone: BackboneSection = BackboneSection()
-    adapter_channels: tuple[Count, Count, Count] = (128, 256, 512)
-    neck_channels: tuple[Count, Count, Count] = (64, 128, 256)
+    neck_channels: tuple[Count, Count, Count] = (128, 256, 512)
     neck_repeats: Count = 1
+    head_channels: Count = 96
+    head_convs: Count = 2
+    distance_bins: Annotated[int, Field(ge=2)] = 16
+    loss: AlignedLoss = AlignedLoss()
+
+
+class AnchorSection(DetectorSection):
+    """What the detectors with anchors have."""
+
     anchors: tuple[Anchors, Anchors, Anchors] = COCO_ANCHORS
+    loss: AnchorLoss = AnchorLoss()
 
     @field_validator("anchors")
     @classmethod
@@ -59,6 +98,50 @@ class ModelSection(Section):
         if len({len(level) for level in anchors} | {0}) != 2:
             raise ValueError("each of the three levels needs equally many anchors, at least one")
         return anchors
+
+
+class SeedSection(AnchorSection):
+    """The study's: a ConvNeXt in the place of YOLOv5's backbone."""
+
+    name: Literal["seed_convnext_yolo"]
+    backbone: BackboneSection = BackboneSection()
+    adapter_channels: tuple[Count, Count, Count] = (128, 256, 512)
+    neck_channels: tuple[Count, Count, Count] = (64, 128, 256)
+    neck_repeats: Count = 1
+
+
+class YOLOv5Section(AnchorSection):
+    """YOLOv5 v6; n, s, m, l are depth .33, .33, .67, 1 and width .25, .5, .75, 1."""
+
+    name: Literal["yolov5"]
+    depth: Positive = 0.33
+    width: Positive = 0.5
+
+
+DETECTORS: dict[str, type[DetectorSection]] = {
+    "convnext_yolo": ConvNeXtYOLOSection,
+    "seed_convnext_yolo": SeedSection,
+    "yolov5": YOLOv5Section,
+}
+
+
+def _detector_name(model: Any) -> Any:
+    """Which detector a `model` section is about; ours, where it does not say."""
+    if isinstance(model, dict):
+        return model.get("name", "convnext_yolo")
+    return getattr(model, "name", "convnext_yolo")
+
+
+ModelSection = Annotated[
+    Annotated[ConvNeXtYOLOSection, Tag("convnext_yolo")]
+    | Annotated[SeedSection, Tag("seed_convnext_yolo")]
+    | Annotated[YOLOv5Section, Tag("yolov5")],
+    Discriminator(
+        _detector_name,
+        custom_error_type="unknown_detector",
+        custom_error_message=f"is not a detector; known here: {', '.join(DETECTORS)}",
+    ),
+]
 
 
 class DataSection(Section):
@@ -107,14 +190,6 @@ class AugmentSection(Section):
     saturation: Fraction = 0.7
     value: Fraction = 0.4
     weak_epochs: NotNegative = 0  # the last epochs go without mosaic
-
-
-class LossSection(Section):
-    """Weights of the three losses: YOLOv5's for small models."""
-
-    box: NotNegative = 0.05
-    obj: NotNegative = 1.0
-    cls: NotNegative = 0.5
 
 
 class OptimizerSection(Section):
@@ -188,11 +263,10 @@ class Recipe(Section):
 
     run: str = "runs/train"  # the folder of everything that the run writes
     seed: Annotated[int, Field(ge=0)] = 0
-    model: ModelSection = ModelSection()
+    model: ModelSection = ConvNeXtYOLOSection()
     data: DataSection = DataSection()
     batch: BatchSection = BatchSection()  # type: ignore[call-arg]
     augment: AugmentSection = AugmentSection()
-    loss: LossSection = LossSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     ema: EmaSection = EmaSection()

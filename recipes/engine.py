@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ..data_prep.stream import BatchPlan
-from ..model.detector import ConvNeXtYOLO, micro_batch_norms
+from ..model.detector import Detector
+from ..model.norms import micro_batch_norms
 from .config import Recipe, RecipeError
 from .distributed import World
 from .optim import build_optimizer
@@ -71,7 +72,7 @@ def _merge_options(config: dict[str, Any], options: dict[str, Any], path: str) -
             config[key] = value
 
 
-def build_engine(recipe: Recipe, model: ConvNeXtYOLO, plan: BatchPlan) -> Any:
+def build_engine(recipe: Recipe, model: Detector, plan: BatchPlan) -> Any:
     """Wraps the model, whose weights must be loaded by now, into a DeepSpeed engine."""
     import deepspeed
 
@@ -83,7 +84,7 @@ def build_engine(recipe: Recipe, model: ConvNeXtYOLO, plan: BatchPlan) -> Any:
 
 
 @torch.no_grad()
-def commit_batch_statistics(model: ConvNeXtYOLO, plan: BatchPlan) -> None:
+def commit_batch_statistics(model: Detector, plan: BatchPlan) -> None:
     """Moves BatchNorm's running statistics once, by the mean over the global batch."""
     norms = micro_batch_norms(model)
     if not norms:

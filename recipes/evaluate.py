@@ -16,9 +16,8 @@ from ..data_prep.formats import read_coco
 from ..data_prep.reader import FileReader, SampleReader, ShardReader
 from ..data_prep.stream import Batch, Truth, ValidationSet, validation_batches
 from ..model.assign import Targets
-from ..model.detector import ConvNeXtYOLO
+from ..model.detector import Criterion, Detector
 from ..model.letterbox import letterbox
-from ..model.losses import AnchorCriterion
 from ..model.postprocess import Detections, candidates
 from ..model.weights import load_detector
 from .coco import coco_metrics, format_results, match_classes
@@ -46,11 +45,11 @@ class Evaluation:
 
 
 def evaluate(
-    detector: ConvNeXtYOLO,
+    detector: Detector,
     reader: SampleReader,
     settings: EvalSettings,
     device: torch.device,
-    criterion: AnchorCriterion | None = None,
+    criterion: Criterion | None = None,
     class_ids: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Evaluation | None:
@@ -141,11 +140,11 @@ def open_data(data: Path, images: Path | None) -> SampleReader:
 
 
 def _forward(
-    detector: ConvNeXtYOLO,
+    detector: Detector,
     batch: Batch,
     settings: EvalSettings,
     device: torch.device,
-    criterion: AnchorCriterion | None,
+    criterion: Criterion | None,
 ) -> tuple[list[Detections], dict[str, float]]:
     """Detections in the pixels of the pictures, and the losses of the batch."""
     with torch.no_grad():

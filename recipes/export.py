@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..model.detector import without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from .config import Recipe
@@ -32,7 +33,7 @@ def export(
         )
     recipe = Recipe.model_validate(found.state["recipe"])
     # Exported weights replace the backbone's pretrained ones: nothing is left to fetch.
-    architecture = {**found.state["architecture"], "pretrained": False, "weights": None}
+    architecture = without_pretrained(found.state["architecture"])
     info = WeightsInfo(
         architecture=architecture,
         classes=tuple(found.state["classes"]),

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .config import Recipe, RecipeError
+from .config import DETECTORS, Recipe, RecipeError
 
 
 def load_recipe(files: Sequence[Path], options: Sequence[str] = ()) -> Recipe:
@@ -37,7 +37,7 @@ def load_recipe(files: Sequence[Path], options: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        raise RecipeError(_sentence(error, origin)) from None
+        raise RecipeError(_sentence(error, origin, merged)) from None
 
 
 def recipe_path(name: str) -> Path:
@@ -121,33 +121,43 @@ def _parse_options(options: Sequence[str]) -> list[tuple[list[str], Any]]:
     return parsed
 
 
-def _sentence(error: ValidationError, origin: Mapping[tuple[str, ...], str]) -> str:
+def _sentence(
+    error: ValidationError, origin: Mapping[tuple[str, ...], str], merged: Mapping[str, Any]
+) -> str:
     """The first mistake of a recipe, as one sentence."""
     first = error.errors()[0]
-    location = tuple(str(part) for part in first["loc"])
-    source = next(
-        (origin[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origin),
-        "recipe",
-    )
+    location = [str(part) for part in first["loc"]]
+    if location[:1] == ["model"] and location[1:2] and location[1] in DETECTORS:
+        del location[1]  # which of the detectors: not a key that anybody wrote
+    value = first["input"]
+    if first["type"] == "unknown_detector":
+        location, value = ["model", "name"], value["name"]
+    prefixes = (tuple(location[:n]) for n in range(len(location), 0, -1))
+    source = next((origin[prefix] for prefix in prefixes if prefix in origin), "recipe")
     where = source if source.startswith("--") else f"recipe {source}"
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], merged)
         close = difflib.get_close_matches(location[-1], known, n=1)
         mend = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where}: unknown key {key}; {mend}"
-    if first["type"] == "model_type":
-        mend = f"needs keys below it ({', '.join(_known_keys(location))}), or drop the line"
-        return f"{where}: {key} = {first['input']!r}: {mend}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        mend = f"needs keys below it ({', '.join(_known_keys(location, merged))}), or drop the line"
+        return f"{where}: {key} = {value!r}: {mend}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{where}: {key} = {first['input']!r}: {message}"
+    return f"{where}: {key} = {value!r}: {message}"
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
+def _known_keys(path: Sequence[str], merged: Mapping[str, Any]) -> list[str]:
     section: type[BaseModel] = Recipe
     for part in path:
         annotation = section.model_fields[part].annotation
+        if part == "model":  # one section for each detector
+            given = merged.get("model")
+            annotation = DETECTORS[
+                given.get("name", "convnext_yolo") if isinstance(given, dict) else "convnext_yolo"
+            ]
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         section = annotation
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.detector import ConvNeXtYOLO
-from .config import OptimizerSection, ScheduleSection
+from ..model.backbone import Backbone
+from ..model.detector import Detector
+from .config import OptimizerSection, RecipeError, ScheduleSection
 
 
-def parameter_groups(model: ConvNeXtYOLO, options: OptimizerSection) -> list[dict[str, Any]]:
+def parameter_groups(model: Detector, options: OptimizerSection) -> list[dict[str, Any]]:
     """Groups with `lr_scale` and `weight_decay`: backbone by depth, then neck and head.
 
     Norms, biases and layer scales, that is all vectors, do not decay. With `layer_decay` d, a
@@ -21,6 +22,11 @@ def parameter_groups(model: ConvNeXtYOLO, options: OptimizerSection) -> list[dic
     if options.layer_decay < 1:
         from timm.optim import param_groups_layer_decay
 
+        if not isinstance(model.backbone, Backbone):
+            raise RecipeError(
+                f"optimizer.layer_decay = {options.layer_decay}: only timm's backbones have layers "
+                "to decay over; set it to 1"
+            )
         groups: list[dict[str, Any]] = [
             {key: group[key] for key in ("params", "lr_scale", "weight_decay")}
             for group in param_groups_layer_decay(
@@ -38,7 +44,7 @@ def parameter_groups(model: ConvNeXtYOLO, options: OptimizerSection) -> list[dic
     return groups
 
 
-def build_optimizer(model: ConvNeXtYOLO, options: OptimizerSection) -> torch.optim.Optimizer:
+def build_optimizer(model: Detector, options: OptimizerSection) -> torch.optim.Optimizer:
     """A torch optimizer: DeepSpeed shards it, and compiles none of its own."""
     groups = parameter_groups(model, options)
     if options.name == "adamw":

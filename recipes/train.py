@@ -22,9 +22,8 @@ from ..data_prep.errors import DataError
 from ..data_prep.reader import ShardReader
 from ..data_prep.stream import Batch, BatchPlan, TrainStream, training_batches
 from ..model.assign import Targets
-from ..model.detector import ConvNeXtYOLO, build_detector
+from ..model.detector import Detector, build_criterion, build_detector, without_pretrained
 from ..model.letterbox import letterbox
-from ..model.losses import AnchorCriterion
 from . import state
 from .build import architecture, augmentation_at, eval_settings
 from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
@@ -36,8 +35,6 @@ from .evaluate import Evaluation, evaluate
 from .meter import Meter
 from .optim import lr_factor, set_lr, total_steps
 from .tracking import Tracker
-
-LOSSES = ("box", "obj", "cls")
 
 
 def train(recipe: Recipe, resume: str = "auto") -> None:
@@ -84,20 +81,21 @@ class Run:
         torch.manual_seed(recipe.seed)  # the initial weights, the same on every rank
         design = architecture(recipe, len(self.classes))
         if checkpoint:  # its weights replace the backbone's: nothing is to be fetched
-            design |= {"pretrained": False, "weights": None}
+            design = without_pretrained(design)
         model = build_detector(design)
-        self.eval_model: ConvNeXtYOLO = copy.deepcopy(model).eval().to(world.device)
+        self.eval_model: Detector = copy.deepcopy(model).eval().to(world.device)
         if checkpoint:
             state.load_model(model, checkpoint)
         self.engine = build_engine(recipe, model, self.plan)
-        self.model: ConvNeXtYOLO = self.engine.module
+        self.model: Detector = self.engine.module
         self.ema = Ema(self.model, recipe.ema)
         if checkpoint:
             state.load_optimizer(self.engine, recipe.optimizer.name, checkpoint)
             self.ema.load(checkpoint.section("ema"))
         else:
             state.create_optimizer_state(self.engine, recipe.optimizer.name, 0)
-        self.criterion = AnchorCriterion(recipe.loss.box, recipe.loss.obj, recipe.loss.cls)
+        self.criterion = build_criterion(self.model, recipe.model.loss.model_dump())
+        self.loss_factor = recipe.batch.global_size if self.criterion.sums_over_pictures else 1
 
         stream = TrainStream(
             reader,
@@ -153,7 +151,8 @@ class Run:
         engine, plan = self.engine, self.plan
         set_lr(engine.optimizer, self._lr(self.step))
         self.model.train()
-        sums = torch.zeros(len(LOSSES) + 1, device=self.world.device)
+        names = self.criterion.names
+        sums = torch.zeros(len(names) + 1, device=self.world.device)
         for turn in range(plan.accumulation):
             with meter.waiting():
                 batch = next(batches)
@@ -165,9 +164,9 @@ class Run:
             raw = engine(images)
             losses = self.criterion(self.model.head, raw.levels, targets.to(self.world.device))
             loss: Tensor = sum(losses.values())
-            engine.backward(loss * plan.global_batch)  # as YOLOv5: losses per picture add up
+            engine.backward(loss * self.loss_factor)
             engine.step()
-            sums[: len(LOSSES)] += torch.stack([losses[name].detach() for name in LOSSES])
+            sums[:-1] += torch.stack([losses[name].detach() for name in names])
         commit_batch_statistics(self.model, plan)
         self.step += 1
         self.ema.update(self.step)
@@ -176,7 +175,7 @@ class Run:
         sums[-1] = float(self.stop_asked)
         dist.all_reduce(sums)
         values = (sums / (plan.accumulation * plan.world_size)).tolist()
-        return dict(zip(LOSSES, values[: len(LOSSES)], strict=True)), values[-1] > 0
+        return dict(zip(names, values[:-1], strict=True)), values[-1] > 0
 
     def evaluate(self) -> None:
         """COCO metrics and losses of the averaged weights on the validation shards."""
@@ -234,7 +233,7 @@ class Run:
         }
         if self.tracker:
             self.tracker.log(record)
-            meter.say(record, LOSSES)
+            meter.say(record, self.criterion.names)
 
     def _lr(self, step: int) -> float:
         schedule = self.recipe.schedule
@@ -272,7 +271,7 @@ class Run:
         parameters = sum(p.numel() for p in self.eval_model.parameters())
         kind = "resuming at" if self.step else "from"
         self._say(
-            f"training {self.recipe.model.backbone.name} detector, {parameters:,} parameters, on "
+            f"training {self.recipe.model.name} detector, {parameters:,} parameters, on "
             f"{len(self.stream.reader)} pictures of {len(self.classes)} classes: {kind} step "
             f"{self.step} of {self.total_steps} ({self.steps_per_epoch} an epoch), "
             f"{self.world.size} {self.world.device.type} process(es), ZeRO-"

@@ -27,10 +27,9 @@ from convnext_yolo.model.weights import WeightsInfo, save_weights
 NASTY = "<b onclick=alert(1)>${1+1}{{value}}</b>"
 CLASSES = ("RBC", "WBC", "Platelets", NASTY)
 ARCHITECTURE = {
-    "name": "convnext_yolo",
+    "name": "seed_convnext_yolo",
     "classes": len(CLASSES),
-    "backbone": "test_convnext",
-    "backbone_options": {},
+    "backbone": {"name": "test_convnext"},
     "adapter_channels": [16, 24, 32],
     "neck_channels": [16, 24, 32],
     "neck_repeats": 1,

@@ -53,7 +53,7 @@ def test_detect_answers_as_the_predictor(client: Any, picture_file: Path, weight
     assert answer.keys() == {"image", "detections", "model"}
     assert answer["image"] == {"width": 320, "height": 240}
     model = answer["model"]
-    assert model["name"] == ARCHITECTURE["backbone"] and model["step"] == 1234
+    assert model["name"] == ARCHITECTURE["backbone"]["name"] and model["step"] == 1234
     assert [entry["name"] for entry in model["classes"]] == list(CLASSES)
     predictor = Predictor.load(weights)
     assert model["sha256"] == predictor.info.sha256

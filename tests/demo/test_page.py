@@ -14,7 +14,9 @@ NASTY = "<script>alert('\"&')</script>"
 
 def info(*names: str, **more: Any) -> WeightsInfo:
     classes = tuple({"id": i, "name": name} for i, name in enumerate(names))
-    return WeightsInfo({"name": "convnext_yolo", "backbone": NASTY}, classes, (192, 256), **more)
+    return WeightsInfo(
+        {"name": "convnext_yolo", "backbone": {"name": NASTY}}, classes, (192, 256), **more
+    )
 
 
 def words(html: str) -> str:

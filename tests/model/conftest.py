@@ -24,10 +24,9 @@ KINDS = ("none", "one", "some", "300", "duplicates", "border", "tiny", "huge")
 def architecture() -> dict[str, Any]:
     """The detector that tests train and save: 0.2 million parameters, timm's test backbone."""
     return {
-        "name": "convnext_yolo",
+        "name": "seed_convnext_yolo",
         "classes": 3,
-        "backbone": "test_convnext",
-        "backbone_options": {},
+        "backbone": {"name": "test_convnext"},
         "adapter_channels": [16, 24, 32],
         "neck_channels": [8, 16, 24],
         "neck_repeats": 1,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from convnext_yolo.model.assign import Targets
 from convnext_yolo.model.backbone import Backbone
 from convnext_yolo.model.boxes import xyxy_to_cxcywh
-from convnext_yolo.model.detector import ConvNeXtYOLO, build_detector
+from convnext_yolo.model.detector import Detector, build_detector
 from convnext_yolo.model.errors import BackboneError
 from convnext_yolo.model.head import AnchorHead
 from convnext_yolo.model.losses import AnchorCriterion
@@ -19,7 +19,7 @@ HUB = {"pretrained_cfg_overlay": {"hf_hub_id": "convnext-yolo/nobody-has-this"}}
 
 
 @pytest.fixture(scope="module")
-def detector(architecture) -> ConvNeXtYOLO:
+def detector(architecture) -> Detector:
     """In evaluation mode; tests leave it as it is."""
     torch.manual_seed(0)
     return build_detector(architecture).eval()
@@ -33,7 +33,7 @@ def images() -> torch.Tensor:
 
 
 @torch.no_grad()
-def raw_maps(detector: ConvNeXtYOLO, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def raw_maps(detector: Detector, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return detector(images).levels
 
 
@@ -51,7 +51,7 @@ def test_the_seeds_models_to_the_parameter(architecture, neck_channels, neck_rep
             architecture
             | {
                 "classes": 80,
-                "backbone": "convnext_tiny",
+                "backbone": {"name": "convnext_tiny"},
                 "adapter_channels": (128, 256, 512),
                 "neck_channels": neck_channels,
                 "neck_repeats": neck_repeats,

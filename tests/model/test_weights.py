@@ -116,8 +116,11 @@ def test_any_tensor_can_be_hashed_and_saved(tmp_path, info, tensor):
 
 
 def test_pretrained_weights_of_the_recipe_are_not_looked_for(tmp_path, tensors, info):
+    backbone = info.architecture["backbone"]
     start = {"pretrained": True, "weights": "/gone/since.safetensors"}
-    moved = WeightsInfo(info.architecture | start, info.classes, info.image_px)
+    moved = WeightsInfo(
+        info.architecture | {"backbone": backbone | start}, info.classes, info.image_px
+    )
     save_weights(tmp_path / "w.safetensors", tensors, moved)
     detector, _ = load_detector(tmp_path / "w.safetensors")
     name, parameter = next(detector.named_parameters())
@@ -218,8 +221,8 @@ def test_damaged_metadata(tmp_path, exported, metadata, message):
         {"adapter_channels": [-1, 24, 32]},
         {"anchors": []},
         {"anchors": [[[1, 2], [3, 4]], [[1, 2]], [[1, 2]]]},
-        {"backbone": "no_such_backbone"},
-        {"backbone_options": {"depths": [9]}},
+        {"backbone": {"name": "no_such_backbone"}},
+        {"backbone": {"name": "test_convnext", "options": {"depths": [9]}}},
         {"surprise": 1},
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from convnext_yolo.recipes.config import DataSection, ModelSection, Recipe, RecipeError
+from convnext_yolo.recipes.config import DataSection, Recipe, RecipeError, YOLOv5Section
 from convnext_yolo.recipes.load import load_recipe
 from convnext_yolo.recipes.optim import build_optimizer
 
@@ -66,10 +66,21 @@ REFUSED = {
     "half a pixel": ("data: {image_px: [96.5, 96]}", "data.image_px.0 = 96.5: "),
     "small frame": ("data: {image_px: [32, 64]}", "data.image_px = [32, 64]: height and width"),
     "negative anchor": (
-        "model: {anchors: [[[1, -2]], [[1, 2]], [[1, 2]]]}",
+        "model: {name: yolov5, anchors: [[[1, -2]], [[1, 2]], [[1, 2]]]}",
         "model.anchors.0.0.1 = -2: ",
     ),
-    "no anchors": ("model: {anchors: [[], [], []]}", "model.anchors = [[], [], []]: each of"),
+    "unknown detector": (
+        "model: {name: yolo99}",
+        "model.name = 'yolo99': is not a detector; known",
+    ),
+    "another detector's key": (
+        "model: {name: yolov5, neck_repeats: 1}",
+        "unknown key model.neck_repeats; known here: weights, anchors, loss, name, depth, width",
+    ),
+    "no anchors": (
+        "model: {name: yolov5, anchors: [[], [], []]}",
+        "model.anchors = [[], [], []]: each of",
+    ),
 }
 
 
@@ -148,7 +159,7 @@ def test_every_section_survives_the_round_trip(tmp_path):
     recipe = Recipe(
         run="2024-01-01",
         seed=2**40,
-        model=ModelSection(anchors=(((1.5, 2),), ((3, 4),), ((5, 6),))),
+        model=YOLOv5Section(name="yolov5", anchors=(((1.5, 2),), ((3, 4),), ((5, 6),))),
         data=DataSection(image_px=(64, 96), train="off"),
         tracking={"wandb": "off", "project": "no"},
     )

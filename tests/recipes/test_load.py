@@ -61,7 +61,7 @@ FILE_MISTAKES = {
     "frame": ("data: {image_px: [100, 200]}", ["data.image_px = [100, 200]", "multiples of 32"]),
     "one side": ("data: {image_px: [96]}", ["data.image_px"]),
     "ragged anchors": (
-        "model: {anchors: [[[1, 2]], [[1, 2]], [[1, 2], [3, 4]]]}",
+        "model: {name: yolov5, anchors: [[[1, 2]], [[1, 2]], [[1, 2], [3, 4]]]}",
         ["model.anchors", "equally many"],
     ),
     "empty section": ("batch:", ["batch", "None"]),

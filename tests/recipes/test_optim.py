@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from convnext_yolo.model.detector import ConvNeXtYOLO, build_detector
+from convnext_yolo.model.detector import Detector, build_detector
 from convnext_yolo.recipes.build import architecture
 from convnext_yolo.recipes.config import OptimizerSection, Recipe, ScheduleSection
 from convnext_yolo.recipes.load import load_recipe
@@ -22,14 +22,14 @@ from convnext_yolo.recipes.optim import (
 
 
 @pytest.fixture(scope="module")
-def model() -> ConvNeXtYOLO:
+def model() -> Detector:
     recipe: Recipe = load_recipe([], ["--model.backbone.name", "test_convnext"])
     return build_detector(architecture(recipe, 3))
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.7])
 def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(
-    model: ConvNeXtYOLO, layer_decay: float
+    model: Detector, layer_decay: float
 ) -> None:
     groups = parameter_groups(model, OptimizerSection(layer_decay=layer_decay, weight_decay=0.1))
     ids = [id(p) for group in groups for p in group["params"]]
@@ -40,17 +40,17 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
 
 
-def test_layer_decay_reaches_the_optimizer(model: ConvNeXtYOLO) -> None:
+def test_layer_decay_reaches_the_optimizer(model: Detector) -> None:
     optimizer = build_optimizer(model, OptimizerSection(layer_decay=0.7, lr=1.0))
     set_lr(optimizer, 0.5)
     lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     stem = lr[id(model.backbone.trunk.stem[0].weight)]
     last = lr[id(next(model.backbone.trunk.stages[3].blocks[0].parameters()))]
-    head = lr[id(model.head.convs[0].weight)]
+    head = lr[id(model.head.cls_convs[0].weight)]
     assert stem < 0.7 * last <= 0.5 and head == 0.5
 
 
-def test_the_optimizers(model: ConvNeXtYOLO) -> None:
+def test_the_optimizers(model: Detector) -> None:
     adamw = build_optimizer(model, OptimizerSection(betas=(0.8, 0.9)))
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["betas"] == (0.8, 0.9)
     sgd = build_optimizer(model, OptimizerSection(name="sgd", momentum=0.5))

@@ -23,10 +23,9 @@ from convnext_yolo.recipes.curves import _smooth
 from convnext_yolo.recipes.report import ReportError, draw_predictions, report
 
 ARCHITECTURE: dict[str, Any] = {
-    "name": "convnext_yolo",
+    "name": "seed_convnext_yolo",
     "classes": 3,
-    "backbone": "test_convnext",
-    "backbone_options": {},
+    "backbone": {"name": "test_convnext"},
     "adapter_channels": [16, 24, 32],
     "neck_channels": [16, 24, 32],
     "neck_repeats": 1,

@@ -1,11 +1,13 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from convnext_yolo.model.detector import build_detector, micro_batch_norms
-from convnext_yolo.model.layers import C3, Bottleneck, Conv, MicroBatchNorm2d
+from convnext_yolo.model.detector import build_detector
+from convnext_yolo.model.layers import C3, Bottleneck, Conv
+from convnext_yolo.model.norms import MicroBatchNorm2d, micro_batch_norms
 
 CHANNELS = 6
 
@@ -139,6 +141,6 @@ def test_the_shortcut_adds_the_input():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_cross_stage_partial_block(repeats):
-    block = C3(6, 10, repeats, shortcut=False)
+    block = C3(6, 10, repeats, partial(Bottleneck, shortcut=False))
     assert block(torch.randn(2, 6, 4, 5)).shape == (2, 10, 4, 5)
     assert len(block.blocks) == repeats
