@@ -24,6 +24,7 @@ def _eval(commands: Commands) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
 
     def run(options: argparse.Namespace) -> None:
+        from ..recipes.evaluate import evaluate_command
 
         evaluate_command(
             options.weights,
