@@ -44,6 +44,10 @@ class SampleReader(Protocol):
         """One sample, its picture decoded. Raises DataError where that can't be."""
         ...
 
+    def sizes_px(self) -> np.ndarray:
+        """Width and height of every picture, `[n, 2]`, as annotated; nothing is decoded."""
+        ...
+
 
 class ShardReader:
     """Reads single samples by their position in the manifest.
@@ -116,6 +120,10 @@ class ShardReader:
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(position, f"has bad annotations, {error}") from None
 
+    def sizes_px(self) -> np.ndarray:
+        """Width and height of every picture, `[n, 2]`, from the manifest."""
+        return np.concatenate([shard.sizes for shard in self.manifest.shards])
+
     def _place(self, position: int) -> tuple[int, int]:
         """The shard of a sample, and its number there."""
         index = int(np.searchsorted(self._ends, position, side="right"))
@@ -175,6 +183,11 @@ class FileReader:
             area=record.area,
             image_id=record.id,
         )
+
+    def sizes_px(self) -> np.ndarray:
+        """Width and height of every picture, `[n, 2]`, from the annotations."""
+        sizes = [(record.width, record.height) for record in self.dataset.images]
+        return np.array(sizes, dtype=np.int32).reshape(-1, 2)
 
 
 def decode_image(encoded: bytes, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shards → batches: the deterministic, elastic training stream and the validation set.
+"""Shards → batches: the deterministic, elastic training stream.
 
 Every slot of the global batch is a *lane*. Lane j yields the j-th sample of every global batch;
 an epoch's permutation deals blocks of neighbouring samples to the lanes, equally many each; a
@@ -15,17 +15,17 @@ G global batch, m micro-batch, S steps an epoch, N boxes.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .augment import Augmentation, Picture, augment
 from .errors import DataError
-from .reader import SampleReader, ShardReader
+from .reader import ShardReader
 from .workers import load
 
 BLOCK = 8  # neighbouring samples that a lane reads one after the other
@@ -33,7 +33,7 @@ WINDOW = 8  # decoded pictures that a lane keeps for its mosaics
 
 # Scales a picture [H, W, 3] into a frame and tells where it lies there: `model.letterbox`,
 # passed in because rooms do not import each other.
-Letterbox = Callable[[np.ndarray, int, int], tuple[np.ndarray, Any]]
+Letterbox = Callable[..., tuple[np.ndarray, Any]]
 
 
 @dataclass(frozen=True)
@@ -246,49 +246,3 @@ def _interleave(parts: Sequence[Batch], pin: bool) -> Batch:
         boxes_xyxy=torch.cat([part.boxes_xyxy for part in parts])[order],
         image_ids=tuple(ids),
     )
-
-
-class ValidationSet(Dataset[tuple[Picture, Any, Truth]]):
-    """Every picture exactly once over all ranks, letterboxed. Ranks may differ by one picture."""
-
-    def __init__(
-        self,
-        reader: SampleReader,
-        frame_px: tuple[int, int],
-        letterbox: Letterbox,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.reader, self.frame_px, self.letterbox = reader, frame_px, letterbox
-        self.positions = np.array_split(np.arange(len(reader)), world_size)[rank]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i: int) -> tuple[Picture, Any, Truth]:
-        sample = self.reader.decode(int(self.positions[i]))
-        image, where = self.letterbox(sample.image, *self.frame_px)
-        keep = ~sample.crowd
-        picture = Picture(image, where.to_input(sample.boxes_xyxy[keep]), sample.labels[keep])
-        height, width = sample.image.shape[:2]
-        truth = Truth(
-            sample.image_id,
-            width,
-            height,
-            sample.boxes_xyxy,
-            sample.labels,
-            sample.crowd,
-            sample.area,
-        )
-        return picture, where, truth
-
-
-def validation_batches(data: ValidationSet, batch: int, workers: int) -> Iterator[Batch]:
-    """Iterates the validation pictures of this rank in order."""
-    return load(data, workers, batch_size=batch, collate_fn=_collate_validation)
-
-
-def _collate_validation(items: Sequence[tuple[Picture, Any, Truth]]) -> Batch:
-    pictures, frames, truth = zip(*items, strict=True)
-    batch = collate(pictures, [t.image_id for t in truth])
-    return replace(batch, frames=tuple(frames), truth=tuple(truth))

@@ -1,9 +1,9 @@
-"""Commands about what was trained: eval, export, report, demo."""
+"""Commands about what was trained: eval, export, import, report, demo."""
 
 import argparse
 from pathlib import Path
 
-from .parser import Commands, add_command, positive
+from .parser import Commands, Parser, add_command, positive
 
 
 def _eval(commands: Commands) -> None:
@@ -20,7 +20,14 @@ def _eval(commands: Commands) -> None:
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="images, where --data is a JSON")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there")
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="default 16")
+    parser.add_argument(
+        "--letterbox",
+        choices=("rect", "square"),
+        default="rect",
+        help="rect (default): batches of like pictures in frames hardly larger than they are, as "
+        "YOLO's published numbers; square: all in the frame of the training",
+    )
+    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="default 8")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
 
     def run(options: argparse.Namespace) -> None:
@@ -33,15 +40,18 @@ def _eval(commands: Commands) -> None:
             options.output,
             options.batch,
             options.workers,
+            options.letterbox,
         )
 
     parser.set_defaults(run_command=run)
 
 
 def _export(commands: Commands) -> None:
-    parser = add_command(commands, "export", "one safetensors file from a run's sharded checkpoint")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to be written")
+    parser = add_command(commands, "export", "one safetensors file from a run's checkpoint; ONNX")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN|FILE", help="the run's folder; for --onnx also its export"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="safetensors, to be written")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="instead of the newest")
     parser.add_argument(
         "--ema",
@@ -49,15 +59,110 @@ def _export(commands: Commands) -> None:
         default=True,
         help="the averaged weights (default), or the last ones",
     )
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX, to be written as well")
+    parser.add_argument("--onnx-nms", action="store_true", help="suppression inside the graph")
+    parser.add_argument(
+        "--confidence", type=float, default=0.25, metavar="P", help="of --onnx-nms; default 0.25"
+    )
+    parser.add_argument(
+        "--iou", type=float, default=0.45, metavar="P", help="of --onnx-nms; default 0.45"
+    )
 
     def run(options: argparse.Namespace) -> None:
-        from ..recipes.export import export
+        from ..recipes.export import export_command
+        from ..recipes.onnx_export import Suppression
 
-        sha256, step = export(options.run, options.output, options.checkpoint, options.ema)
-        print(f"{options.output}: weights of step {step}")
-        print(f"weights sha256 {sha256}")
+        export_command(
+            options.run,
+            options.output,
+            options.checkpoint,
+            options.ema,
+            options.onnx,
+            Suppression(options.confidence, options.iou) if options.onnx_nms else None,
+        )
 
     parser.set_defaults(run_command=run)
+
+
+def _import(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "import",
+        "weights from elsewhere as exported weights",
+        epilog="Upstream's weights keep their licence, GPL-3.0 or AGPL-3.0, when imported.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--yolov5", type=Path, metavar="FILE", help="upstream's .pt, or safetensors of its names"
+    )
+    source.add_argument(
+        "--deepspeed", type=Path, metavar="DIR", help="DeepSpeed's own checkpoint, as in RUN/native"
+    )
+    parser.add_argument(
+        "--model",
+        choices=("yolov5n", "yolov5s", "yolov5m", "yolov5l"),
+        help="which model the file of --yolov5 is",
+    )
+    parser.add_argument(
+        "--image-px",
+        type=_frame_side,
+        default=640,
+        metavar="N",
+        help="side of the frame that the detector is for, default 640",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="RECIPE",
+        help="of the model, where another program wrote the checkpoint of --deepspeed",
+    )
+    parser.add_argument("--data", metavar="SHARDS", help="whose classes it has, if not --config's")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="to be written")
+
+    def run(options: argparse.Namespace) -> None:
+        if options.deepspeed:
+            _import_deepspeed(parser, options)
+        elif options.config or options.data:
+            parser.error("--config and --data are about --deepspeed; drop them")
+        else:
+            _import_yolov5(parser, options)
+
+    parser.set_defaults(run_command=run)
+
+
+def _import_yolov5(parser: Parser, options: argparse.Namespace) -> None:
+    if options.model is None:
+        parser.error("--yolov5 needs --model: which model the file is")
+    from ..model.yolov5_import import import_yolov5
+
+    frame_px = (options.image_px, options.image_px)
+    sha256, info = import_yolov5(options.yolov5, options.model, options.output, frame_px)
+    print(f"{options.output}: {options.model}, {len(info.classes)} classes")
+    print(f"weights sha256 {sha256}")
+
+
+def _import_deepspeed(parser: Parser, options: argparse.Namespace) -> None:
+    if options.model:
+        parser.error("--model is about --yolov5; drop it")
+    if options.data and not options.config:
+        parser.error("--data goes with --config: the recipe of the model")
+    from ..recipes.deepspeed_import import import_deepspeed
+    from ..recipes.load import load_recipe, recipe_path
+
+    recipe = None
+    if options.config:
+        data = ["--data.train", options.data] if options.data else []
+        recipe = load_recipe([recipe_path(name) for name in options.config], data)
+    print(import_deepspeed(options.deepspeed, options.output, recipe))
+
+
+def _frame_side(text: str) -> int:
+    """The type of a frame's side."""
+    side = positive(text)
+    if side < 64 or side % 32:
+        raise argparse.ArgumentTypeError(f"{side} is not a multiple of 32 from 64 up")
+    return side
 
 
 def _report(commands: Commands) -> None:
@@ -98,4 +203,4 @@ def _exported(weights: Path) -> Path:
     return latest_export(weights)
 
 
-COMMANDS = (_eval, _export, _report, _demo)
+COMMANDS = (_eval, _export, _import, _report, _demo)

@@ -34,18 +34,24 @@ class Letterbox:
         return ((boxes_xyxy - offset) / self.scale).clamp(min=0).minimum(limit)
 
 
-def letterbox(image: np.ndarray, height_px: int, width_px: int) -> tuple[np.ndarray, Letterbox]:
+def letterbox(
+    image: np.ndarray, height_px: int, width_px: int, fit_px: tuple[int, int] | None = None
+) -> tuple[np.ndarray, Letterbox]:
     """Scales a picture into a frame, keeping its shape, centred on grey.
 
     Args:
         image: `[H, W, 3]` uint8.
         height_px, width_px: the frame.
+        fit_px: height and width that the picture is scaled to fit, where that is less than the
+            frame and the rest is to stay grey.
 
     Returns:
         The frame `[height_px, width_px, 3]` uint8, and where the picture lies in it.
     """
     height, width = image.shape[:2]
     scale = min(height_px / height, width_px / width)
+    if fit_px is not None:
+        scale = min(scale, fit_px[0] / height, fit_px[1] / width)
     # A sliver of a picture still gets one pixel.
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     if (new_height, new_width) != (height, width):

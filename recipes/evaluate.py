@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,10 +14,17 @@ from tqdm import tqdm
 from ..data_prep.errors import DataError
 from ..data_prep.formats import read_coco
 from ..data_prep.reader import FileReader, SampleReader, ShardReader
-from ..data_prep.stream import Batch, Truth, ValidationSet, validation_batches
+from ..data_prep.stream import Batch, Truth
+from ..data_prep.validation import (
+    RectangularSet,
+    ValidationSet,
+    rectangular_batches,
+    validation_batches,
+)
 from ..model.assign import Targets
 from ..model.detector import Criterion, Detector
 from ..model.letterbox import letterbox
+from ..model.memory import keep_freed_memory
 from ..model.postprocess import Detections, candidates
 from ..model.weights import load_detector
 from .coco import coco_metrics, format_results, match_classes
@@ -34,6 +41,8 @@ class EvalSettings:
     workers: int
     confidence: float
     iou: float
+    # "square": all in that frame; "rect": each batch in one hardly larger than its pictures
+    letterbox: Literal["square", "rect"] = "square"
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,7 @@ def evaluate(
     from accelerate.utils import gather_object
 
     state = PartialState(cpu=device.type == "cpu")
-    data = ValidationSet(
-        reader, settings.frame_px, letterbox, state.process_index, state.num_processes
-    )
+    data = _validation_set(reader, settings, state.process_index, state.num_processes)
     found: list[tuple[Truth, np.ndarray]] = []
     sums: dict[str, float] = {}
     bar = tqdm(
@@ -99,9 +106,23 @@ def evaluate(
 
 
 def evaluate_command(
-    weights: Path, data: Path, images: Path | None, output: Path | None, batch: int, workers: int
+    weights: Path,
+    data: Path,
+    images: Path | None,
+    output: Path | None,
+    batch: int,
+    workers: int,
+    shape: Literal["square", "rect"],
 ) -> None:
     """Evaluates exported weights on shards or on a COCO JSON; prints and writes the numbers.
+
+    Args:
+        weights: exported weights, or the folder of a run.
+        data, images: shards, or a COCO JSON and the folder of its pictures.
+        output: a JSON file for the numbers.
+        batch: pictures in a batch, on each rank.
+        workers: loader processes of each rank.
+        shape: the letterbox, see `EvalSettings`.
 
     Raises:
         WeightsError, DataError, CheckpointError: a mistake, in one sentence.
@@ -109,12 +130,14 @@ def evaluate_command(
     from accelerate import PartialState
 
     use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        keep_freed_memory()
     reader = open_data(data, images)
     detector, info = load_detector(latest_export(weights) if weights.is_dir() else weights)
     class_ids = match_classes(info.classes, reader.classes)
     device = PartialState(cpu=use_cpu).device
     settings = EvalSettings(
-        info.image_px, batch, workers, EvalSection().confidence, EvalSection().iou
+        info.image_px, batch, workers, EvalSection().confidence, EvalSection().iou, shape
     )
     outcome = evaluate(
         detector.to(device), reader, settings, device, class_ids=class_ids, progress=True
@@ -137,6 +160,19 @@ def open_data(data: Path, images: Path | None) -> SampleReader:
     if images is None:
         raise DataError(f"--data {data} is a COCO JSON: give its pictures' folder with --images")
     return FileReader(read_coco(data, images))
+
+
+def _validation_set(
+    reader: SampleReader, settings: EvalSettings, rank: int, world_size: int
+) -> ValidationSet:
+    """This rank's share of the pictures."""
+    from accelerate.utils import broadcast_object_list
+
+    if settings.letterbox == "square":
+        return ValidationSet(reader, settings.frame_px, letterbox, rank, world_size)
+    plan = [rectangular_batches(reader.sizes_px(), settings.frame_px, settings.batch)]
+    broadcast_object_list(plan)  # see there why the main rank's is taken
+    return RectangularSet(reader, settings.frame_px, letterbox, plan[0], rank, world_size)
 
 
 def _forward(

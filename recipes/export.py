@@ -6,6 +6,7 @@ from ..model.detector import without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
 from .config import Recipe
+from .onnx_export import ExportError, Suppression, export_onnx, need_packages
 
 
 def export(
@@ -44,6 +45,58 @@ def export(
     )
     tensors = found.section("ema" if averaged else "model")
     return save_weights(output, tensors, info), found.step
+
+
+def export_command(
+    source: Path,
+    output: Path | None,
+    checkpoint: Path | None,
+    averaged: bool,
+    onnx: Path | None,
+    suppression: Suppression | None,
+) -> None:
+    """Exports a run, or turns exported weights into ONNX, and says what was written.
+
+    Args:
+        source: the run's folder, or exported weights.
+        output: the safetensors file to write; for a run only.
+        checkpoint, averaged: as in `export`.
+        onnx: the ONNX file to write.
+        suppression: what `onnx` does inside, if anything.
+
+    Raises:
+        CheckpointError, WeightsError, ExportError: a mistake, in one sentence.
+    """
+    if suppression and not onnx:
+        raise ExportError("--onnx-nms: is about the ONNX file; name that too, as in --onnx W.onnx")
+    if onnx:
+        need_packages()  # before anything is written
+    if source.is_file():
+        if output or checkpoint or not averaged or not onnx:
+            raise ExportError(
+                f"{source}: is exported already, and becomes ONNX with --onnx W.onnx alone; for "
+                "--output, --checkpoint and --no-ema name the run's folder"
+            )
+        weights = source
+    elif output is None:
+        raise ExportError(
+            f"{source}: --output is missing; name the file, as in --output W.safetensors"
+        )
+    else:
+        weights = output
+        sha256, step = export(source, output, checkpoint, averaged)
+        print(f"{output}: weights of step {step}, {_mib(output)}")
+        print(f"weights sha256 {sha256}", flush=True)
+    if onnx:
+        difference_px = export_onnx(weights, onnx, suppression)
+        print(
+            f"{onnx}: ONNX {'with' if suppression else 'without'} suppression inside, "
+            f"{_mib(onnx)}; within {difference_px:.1g} px of PyTorch in onnxruntime"
+        )
+
+
+def _mib(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
 def latest_export(run: Path) -> Path:

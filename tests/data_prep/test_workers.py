@@ -14,14 +14,8 @@ import torch
 from convnext_yolo.data_prep.augment import Augmentation
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.reader import Sample, ShardReader
-from convnext_yolo.data_prep.stream import (
-    Batch,
-    BatchPlan,
-    TrainStream,
-    ValidationSet,
-    training_batches,
-    validation_batches,
-)
+from convnext_yolo.data_prep.stream import Batch, BatchPlan, TrainStream, training_batches
+from convnext_yolo.data_prep.validation import ValidationSet, validation_batches
 from convnext_yolo.model.letterbox import letterbox
 
 pytestmark = pytest.mark.process

@@ -104,3 +104,16 @@ def test_views_and_read_only_pictures_are_taken_without_a_warning():
         framed, _ = letterbox(image[:, ::-1], 64, 64)
         letterbox(image, 64, 64)
     assert np.array_equal(framed, wanted)
+
+
+def test_a_limit_leaves_the_rest_of_the_frame_grey():
+    image = np.full((48, 64, 3), 200, np.uint8)
+    framed, where = letterbox(image, 96, 160, fit_px=(64, 128))
+    assert (where.scale, where.left_px, where.top_px) == (64 / 48, 37, 16)
+    inside = (framed != FILL).all(-1)
+    assert inside[16:80, 37:122].all() and inside.sum() == 64 * 85
+    # A limit beyond the frame changes nothing, and neither does the frame's own size.
+    for fit in ((200, 300), (96, 160), None):
+        again, there = letterbox(picture(48, 64), 96, 160, fit_px=fit)
+        want, wanted = letterbox(picture(48, 64), 96, 160)
+        assert np.array_equal(again, want) and there == wanted

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,14 +50,20 @@ class Painted:
         area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         return Sample(image, boxes, labels, crowd, area, image_id=100 - position)
 
+    def sizes_px(self) -> np.ndarray:
+        return np.array([self.decode(i).image.shape[1::-1] for i in range(self.count)])
+
 
 class FindsRed:
     """A detector that is never wrong: one box a picture, round what is red."""
 
     head = None
 
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
     def __call__(self, images: torch.Tensor) -> Any:
-        assert images.shape[1:] == (3, 96, 128)
+        self.seen.append(tuple(images.shape))
         found = []
         for image in images:
             rows, columns = (image[0] > 127).nonzero(as_tuple=True)
@@ -85,18 +92,28 @@ def fresh_state() -> Iterator[None]:
     PartialState._shared_state.update(before)
 
 
-def run(count: int) -> Evaluation | None:
+def run(count: int, settings: EvalSettings, detector: FindsRed) -> Evaluation | None:
     return evaluate(
-        FindsRed(),  # type: ignore[arg-type]
+        detector,  # type: ignore[arg-type]
         Painted(count),
-        SETTINGS,
+        settings,
         torch.device("cpu"),
         count_targets,  # type: ignore[arg-type]
     )
 
 
-def test_a_perfect_detector_scores_one() -> None:
-    outcome = run(7)
+# Pictures of 80x128, 48x64, 96x128 and 100x192, of these the first ones twice; two in a batch.
+RECT = [(2, 3, 128, 160), (2, 3, 128, 160), (2, 3, 128, 160), (1, 3, 128, 96)]
+
+
+@pytest.mark.parametrize(
+    ("letterbox", "shapes"),
+    [("square", [(2, 3, 96, 128)] * 3 + [(1, 3, 96, 128)]), ("rect", RECT)],
+)
+def test_a_perfect_detector_scores_one(letterbox: Any, shapes: list[tuple[int, ...]]) -> None:
+    detector = FindsRed()
+    outcome = run(7, replace(SETTINGS, letterbox=letterbox), detector)
+    assert detector.seen == shapes
     assert outcome is not None
     assert {*METRICS, "per_class"} == set(outcome.results)
     # Only small and medium ones are there.
