@@ -119,7 +119,7 @@ def align_cells(
         boxes, scores: predictions `[B, M, 4]` xyxy in pixels and `[B, M, C]` in [0, 1].
         centres: of the M cells, `[M, 2]` in pixels.
         least_px: objects smaller than this are taken as so large when cells inside them are
-            looked for, so that the smallest still has one.
+            looked for, so that the smallest still have some to choose from.
     """
     (image, label, truth), cells = targets, len(centres)
     if not len(label):
@@ -127,9 +127,10 @@ def align_cells(
     middle = (truth[:, :2] + truth[:, 2:]) / 2
     half = (truth[:, 2:] - truth[:, :2]).clamp(min=least_px) / 2
     inside = ((centres - middle[:, None]).abs() <= half[:, None]).all(-1)  # [N, M]
-    # The floor keeps an object that nothing overlaps yet from having no cell.
+    # The floor keeps an object that nothing overlaps yet from having no cell. Its sixth power needs
+    # 64 bits.
     iou = pairwise_iou(truth[:, None], boxes[image]).clamp(min=1e-6)
-    metric = scores[image, :, label] ** SCORE_POWER * iou**IOU_POWER * inside
+    metric = scores[image, :, label].double() ** SCORE_POWER * iou.double() ** IOU_POWER * inside
     best, cell = metric.topk(min(TOP_CELLS, cells))  # [N, K]
     target = torch.arange(len(label), device=label.device)[:, None].expand_as(cell)
     chosen = best > 0
@@ -139,7 +140,8 @@ def align_cells(
     target, cell, metric, iou = target[won], cell[won], metric[won], iou[won]
     top_metric = _largest(metric, target, len(label))
     top_iou = _largest(iou, target, len(label))
-    return Alignment(image[target], cell, target, metric / top_metric * top_iou)
+    quality = (metric / top_metric * top_iou).to(scores.dtype)
+    return Alignment(image[target], cell, target, quality)
 
 
 def _winners(place: Tensor, iou: Tensor, places: int) -> Tensor:

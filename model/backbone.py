@@ -98,7 +98,8 @@ def _create(name: str, options: dict[str, Any], pretrained: bool) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # timm answers a wrong option with whatever breaks first
-        if pretrained and isinstance(error, OSError | RuntimeError):
+        # A broken download too: hub, HTTP and safetensors have their own errors, without a base.
+        if pretrained and _builds(name, options):
             raise BackboneError(
                 f"backbone {name}: its pretrained weights can't be loaded ({_cause(error)}); "
                 "either set model.backbone.weights to a local safetensors file, or "
@@ -108,6 +109,17 @@ def _create(name: str, options: dict[str, Any], pretrained: bool) -> Any:
             f"backbone {name}: timm can't build it ({_cause(error)}); "
             "check model.backbone.name and model.backbone.options"
         ) from error
+
+
+def _builds(name: str, options: dict[str, Any]) -> bool:
+    """Whether a model can be built without weights: else it is not they that are missing."""
+    import timm
+
+    try:
+        timm.create_model(name, num_classes=0, **options)
+    except Exception:
+        return False
+    return True
 
 
 def _stages(trunk: Any, name: str) -> list[tuple[int, int]]:

@@ -106,7 +106,7 @@ class AlignedCriterion(nn.Module):
         centres, strides = head.cells(raw)
         boxes = head.boxes(distances, centres, strides)
         found = align_cells(
-            targets, boxes.detach(), logits.detach().sigmoid(), centres, min(head.strides)
+            targets, boxes.detach(), logits.detach().sigmoid(), centres, 3 * min(head.strides)
         )
         wanted = torch.zeros_like(logits)
         wanted[found.image, found.cell, targets.label[found.target]] = found.quality

@@ -58,10 +58,11 @@ class PANet(nn.Module):
 
     def forward(self, features: FeatureRegistry) -> list[Tensor]:
         """P3 `[B, in3, H, W]`, P4 at half and P5 at a quarter of that → the three outputs."""
-        p3, p4, p5 = (
-            adapter(features.take(level))
-            for level, adapter in zip(LEVELS, self.adapters, strict=True)
-        )
+        return self.mix(*(features.take(level) for level in LEVELS))
+
+    def mix(self, p3: Tensor, p4: Tensor, p5: Tensor) -> list[Tensor]:
+        """What `forward` does, without the registry: this can be checkpointed and recomputed."""
+        p3, p4, p5 = (adapter(p) for p, adapter in zip((p3, p4, p5), self.adapters, strict=True))
         top = self.lateral5(p5)
         middle = self.top_down4(torch.cat((_upsample(top), p4), dim=1))
         lateral = self.lateral4(middle)

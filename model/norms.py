@@ -28,17 +28,20 @@ class MicroBatchNorm2d(nn.BatchNorm2d):
     them to a sum. `commit_batch_statistics` then moves the running statistics by the mean over
     all micro-batches of the global batch. So the same recipe gives the same statistics at any
     world size and accumulation; ordinary BatchNorm moves them once a micro-batch of this rank.
+    A forward pass that activation checkpointing repeats counts twice in sum and in count.
     The defaults are YOLOv5's.
     """
 
     pending_mean: Tensor
     pending_var: Tensor
+    pending_count: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-3, momentum: float = 0.03) -> None:
         super().__init__(channels, eps=eps, momentum=momentum)
         # Between commits only: not part of a checkpoint, which is written at a step boundary.
         self.register_buffer("pending_mean", torch.zeros(channels), persistent=False)
         self.register_buffer("pending_var", torch.zeros(channels), persistent=False)
+        self.register_buffer("pending_count", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `[B, channels, H, W]` over B, H and W."""
@@ -50,13 +53,15 @@ class MicroBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.pending_mean += mean
             self.pending_var += var
+            self.pending_count += 1
         return y
 
     def take_pending(self) -> Tensor:
-        """Returns this rank's sums `[2, channels]` and forgets them."""
-        pending = torch.stack((self.pending_mean, self.pending_var))
-        self.pending_mean.zero_()
-        self.pending_var.zero_()
+        """Returns the means over this rank's micro-batches `[2, channels]` and forgets them."""
+        count = self.pending_count.clamp(min=1)
+        pending = torch.stack((self.pending_mean, self.pending_var)) / count
+        for buffer in (self.pending_mean, self.pending_var, self.pending_count):
+            buffer.zero_()
         return pending
 
     @torch.no_grad()

@@ -138,3 +138,37 @@ def load_detector(path: Path) -> tuple[Detector, WeightsInfo]:
             "again with this version"
         ) from error
     return detector.eval(), info
+
+
+def begin_from(detector: Detector, path: Path) -> list[str]:
+    """Fills a detector that is to be trained with the weights of a file; fine-tuning.
+
+    With other classes than the file's, the head's outputs stay as they are initialised.
+
+    Returns:
+        The names of the tensors that stay.
+
+    Raises:
+        WeightsError: as `load_detector`, or the file holds another architecture.
+    """
+    theirs = load_detector(path)[0].state_dict()
+    ours = detector.state_dict()
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        where = "is not in the file" if name in ours else "is not in the recipe's model"
+        raise WeightsError(f"weights {path}: {name} {where}; give weights of the same model")
+    other = [name for name, tensor in ours.items() if theirs[name].shape != tensor.shape]
+    for name in other:
+        # Classes are the first dimension of the head's last convolutions, and of nothing else.
+        if not name.startswith("head.") or theirs[name].shape[1:] != ours[name].shape[1:]:
+            raise WeightsError(
+                f"weights {path}: {name} has the shape {tuple(theirs[name].shape)}, but the "
+                f"recipe's model needs {tuple(ours[name].shape)}; give weights of the same model"
+            )
+    anchors = "head.anchors"  # what the boxes are relative to, so they belong to the weights
+    if anchors in ours and not torch.equal(ours[anchors], theirs[anchors]):
+        raise WeightsError(
+            f"weights {path}: learnt with the anchors {theirs[anchors].tolist()}; "
+            "set model.anchors to these"
+        )
+    detector.load_state_dict({**theirs, **{name: ours[name] for name in other}})
+    return other

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from convnext_yolo.model.detector import build_detector
 from convnext_yolo.model.layers import C3, Bottleneck, Conv
@@ -30,8 +31,8 @@ def micro_batches(count: int) -> list[torch.Tensor]:
     return [torch.randn(3, CHANNELS, 5, 4, generator=generator) * (i + 1) for i in range(count)]
 
 
-def commit(norm: MicroBatchNorm2d, count: int) -> None:
-    norm.move_running(*(norm.take_pending() / count))
+def commit(norm: MicroBatchNorm2d) -> None:
+    norm.move_running(*norm.take_pending())
 
 
 def test_training_gives_what_batchnorm_gives():
@@ -51,7 +52,7 @@ def test_one_micro_batch_moves_the_statistics_as_batchnorm_does():
     ours, theirs = norms()
     (x,) = micro_batches(1)
     ours(x), theirs(x)
-    commit(ours, 1)
+    commit(ours)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 1
@@ -65,7 +66,7 @@ def test_a_global_step_moves_the_statistics_by_the_mean_of_its_micro_batches():
         ours(x)
     after = ours.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)  # until the commit
-    commit(ours, 4)
+    commit(ours)
     mean = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
     var = torch.stack([x.var((0, 2, 3), unbiased=True) for x in batches]).mean(0)
     torch.testing.assert_close(ours.running_mean, 0.97 * before["running_mean"] + 0.03 * mean)
@@ -82,10 +83,10 @@ def test_ranks_add_up_to_one_process():
     for rank, norm in enumerate(ranks):
         for x in batches[rank::2]:
             norm(x)
-    pending = sum(norm.take_pending() for norm in ranks) / 4  # what the all-reduce gives
+    pending = sum(norm.take_pending() for norm in ranks) / 2  # what the all-reduce gives
     for norm in ranks:
         norm.move_running(*pending)
-    commit(alone, 4)
+    commit(alone)
     torch.testing.assert_close(ranks[0].running_mean, alone.running_mean)
     torch.testing.assert_close(ranks[0].running_var, alone.running_var)
 
@@ -95,6 +96,21 @@ def test_taking_forgets():
     ours(micro_batches(1)[0])
     assert ours.take_pending().any()
     assert not ours.take_pending().any()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_micro_batch_counts_once(use_reentrant):
+    """Its forward pass runs a second time in the backward pass."""
+    plain, _ = norms()
+    other = copy.deepcopy(plain)
+    after = nn.Conv2d(CHANNELS, 1, 1)  # what the recomputation is for
+    (x,) = micro_batches(1)
+    x.requires_grad_()
+    after(plain(x)).sum().backward()
+    block = nn.Sequential(other, after)
+    checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
+    assert other.pending_count == 2
+    torch.testing.assert_close(other.take_pending(), plain.take_pending())
 
 
 def test_evaluation_is_batchnorms_and_leaves_no_trace():

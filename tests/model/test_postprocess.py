@@ -1,9 +1,12 @@
+from unittest import mock
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
+from convnext_yolo.model import postprocess as module
 from convnext_yolo.model.letterbox import Letterbox
 from convnext_yolo.model.postprocess import (
     MAX_CANDIDATES,
@@ -75,6 +78,54 @@ def test_suppression_is_the_plain_one_of_each_class(seed, count, classes, iou):
     assert torch.equal(kept.boxes, found.boxes[want])
     assert torch.equal(kept.scores, found.scores[want])
     assert torch.equal(kept.labels, found.labels[want])
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 40),
+    classes=st.sampled_from((1, 3)),
+    confidence=st.sampled_from((0.0, 0.25, 0.5)),
+    iou=st.sampled_from((0.3, 0.65)),
+    most=st.sampled_from((1, 7, 1000)),
+)
+def test_the_whole_way_is_the_plain_one(seed, count, classes, confidence, iou, most):
+    """Scores of all classes in, the best `most` of all classes out, in the picture's pixels."""
+    boxes = random_detections(seed, count, 1).boxes
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(rng.integers(0, 41, (count, classes)).astype(np.float32) / 40)
+    frame = Letterbox(scale=0.5, left_px=10, top_px=20, width_px=380, height_px=300)
+    with mock.patch.object(module, "MAX_DETECTIONS", most):
+        (found,) = candidates(boxes[None], scores[None], [frame], confidence / 2)
+        kept = found.suppress(confidence, iou)
+
+    rows = [
+        (box, score, label)
+        for box, by_class in zip(boxes.numpy(), scores.tolist(), strict=True)
+        for label, score in enumerate(by_class)
+        if score > confidence
+    ]
+    flat, score, label = (np.array([row[k] for row in rows]) for k in range(3))
+    best = reference_nms(flat, score, label, iou)[:most]
+    assert kept.labels.tolist() == [rows[i][2] for i in best]
+    assert kept.scores.tolist() == pytest.approx([rows[i][1] for i in best])
+    for box, i in zip(kept.boxes.tolist(), best, strict=True):
+        x1, y1, x2, y2 = rows[i][0].tolist()
+        placed = [(x1 - 10) / 0.5, (y1 - 20) / 0.5, (x2 - 10) / 0.5, (y2 - 20) / 0.5]
+        inside = [min(max(v, 0), side) for v, side in zip(placed, (380, 300) * 2, strict=True)]
+        assert box == pytest.approx(inside, abs=1e-3)
+
+
+def test_one_class_can_take_all_places():
+    """The limit is on all classes together, best first, not on each."""
+    count = MAX_DETECTIONS
+    corner = torch.arange(count).float()[:, None] * 20
+    boxes = torch.cat((corner, corner, corner + 10, corner + 10), dim=1)  # none overlap
+    scores = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+    scores[:, 1] = 0.5 + scores[:, 1] / 2
+    scores[:, 0] /= 4
+    (found,) = postprocess(boxes[None], scores[None], 0.0, 0.45)
+    assert len(found) == MAX_DETECTIONS and (found.labels == 1).all()
 
 
 def test_boxes_over_the_border_do_not_meet_other_classes():

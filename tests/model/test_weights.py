@@ -11,6 +11,7 @@ from convnext_yolo.model.detector import build_detector
 from convnext_yolo.model.errors import WeightsError
 from convnext_yolo.model.weights import (
     WeightsInfo,
+    begin_from,
     load_detector,
     read_info,
     save_weights,
@@ -266,3 +267,28 @@ def test_a_place_that_can_not_be_written(tmp_path, tensors, info):
     with pytest.raises(WeightsError, match="folder: can't be written"):
         save_weights(tmp_path / "folder", tensors, info)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_fine_tuning_begins_with_all_but_the_other_classes(tmp_path, exported, info):
+    """More classes than the file's: the head's outputs are new, everything else is the file's."""
+    detector = build_detector(info.architecture | {"classes": 5})
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    fresh = begin_from(detector, exported)
+    theirs = load_detector(exported)[0].state_dict()
+    assert fresh and all(name.startswith("head.convs.") for name in fresh)
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in fresh else theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neck_repeats": 2}, "is not in the file; give weights of the same model"),
+        ({"neck_channels": [8, 16, 32]}, "needs"),
+        ({"anchors": [[[1, 2]] * 3] * 3}, "set model.anchors to these"),
+    ],
+)
+def test_fine_tuning_of_another_model_is_refused(exported, info, change, message):
+    detector = build_detector(info.architecture | change)
+    with pytest.raises(WeightsError, match=message):
+        begin_from(detector, exported)
