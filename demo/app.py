@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convnext_yolo.model.memory import keep_freed_memory
 from convnext_yolo.model.predictor import Predictor
 
 from .results import class_names
@@ -53,6 +54,8 @@ def serve(
     before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         predictor = Predictor.load(weights)
+        if predictor.device.type == "cpu":
+            keep_freed_memory()
         if examples is None:
             examples = bundled_examples(class_names(predictor.info))
         with tempfile.TemporaryDirectory(prefix="convnext-yolo-demo-") as folder:

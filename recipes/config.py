@@ -200,6 +200,8 @@ class OptimizerSection(Section):
     weight_decay: NotNegative = 0.05  # on weights only: no norm, bias or layer scale
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)  # AdamW
     momentum: BelowOne = 0.937  # SGD, Nesterov
+    warmup_momentum: BelowOne = 0.8  # SGD: where the warm-up begins
+    warmup_bias_lr: NotNegative = 0.1  # SGD: what the biases begin the warm-up with
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of a backbone layer by depth
     clip: NotNegative = 10.0  # largest norm of the global gradient; 0: no limit
 
@@ -234,6 +236,7 @@ class CheckpointSection(Section):
     every_epochs: Positive = 1
     every_steps: Annotated[int, Field(ge=0)] = 0  # instead of epochs, where not 0
     keep: Count = 2
+    native: bool = False  # DeepSpeed's own format too, beside ours, for exchange
 
 
 class EvalSection(Section):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..model.memory import keep_freed_memory
+
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _described: list[str] = []  # the variables that we set ourselves, not a launcher
 
@@ -47,6 +49,7 @@ def start_world() -> World:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+        keep_freed_memory()
         # DeepSpeed would compile a shared-memory all-reduce (a minute, a compiler, and segments in
         # /dev/shm that outlive a killed rank); gloo needs none of it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -92,7 +92,7 @@ def commit_batch_statistics(model: Detector, plan: BatchPlan) -> None:
     pending = [norm.take_pending() for norm in norms]  # [2, channels] each
     flat = torch.cat([p.flatten() for p in pending])
     dist.all_reduce(flat)
-    flat /= plan.accumulation * plan.world_size
+    flat /= plan.world_size
     sizes = [p.numel() for p in pending]
     for norm, part in zip(norms, flat.split(sizes), strict=True):
         mean, var = part.view(2, -1)

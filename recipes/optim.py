@@ -12,7 +12,7 @@ from .config import OptimizerSection, RecipeError, ScheduleSection
 
 
 def parameter_groups(model: Detector, options: OptimizerSection) -> list[dict[str, Any]]:
-    """Groups with `lr_scale` and `weight_decay`: backbone by depth, then neck and head.
+    """Groups with `lr_scale`, `weight_decay` and `is_bias`: backbone by depth, neck and head.
 
     Norms, biases and layer scales, that is all vectors, do not decay. With `layer_decay` d, a
     backbone layer n layers below the top learns at d^n (Clark et al., ELECTRA, 2020; ConvNeXt,
@@ -36,11 +36,13 @@ def parameter_groups(model: Detector, options: OptimizerSection) -> list[dict[st
         rest: list[nn.Module] = [model.neck, model.head]
     else:
         groups, rest = [], [model]
-    parameters = [p for module in rest for p in module.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
+    named = [n for module in rest for n in module.named_parameters() if n[1].requires_grad]
+    weights = [p for _, p in named if p.ndim > 1]
+    biases = [p for name, p in named if p.ndim <= 1 and name.endswith("bias")]
+    scales = [p for name, p in named if p.ndim <= 1 and not name.endswith("bias")]
     groups.append({"params": weights, "lr_scale": 1.0, "weight_decay": decay})
-    groups.append({"params": vectors, "lr_scale": 1.0, "weight_decay": 0.0})
+    groups.append({"params": scales, "lr_scale": 1.0, "weight_decay": 0.0})
+    groups.append({"params": biases, "lr_scale": 1.0, "weight_decay": 0.0, "is_bias": True})
     return groups
 
 
@@ -60,10 +62,10 @@ def moment_names(optimizer: str) -> tuple[str, ...]:
 
 def lr_factor(step: int, steps_per_epoch: int, options: ScheduleSection) -> float:
     """Learning rate at a step as a share of its peak: warm-up, then the decay."""
-    total = total_steps(steps_per_epoch, options)
-    warmup = min(round(options.warmup_epochs * steps_per_epoch), total // 2)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
+    warmed_up = warmup_share(step, steps_per_epoch, options)
+    if warmed_up < 1:
+        return warmed_up
+    total, warmup = total_steps(steps_per_epoch, options), _warmup(steps_per_epoch, options)
     done = (step - warmup) / max(1, total - warmup)
     if options.decay == "linear":
         return 1 - (1 - options.final) * done
@@ -72,12 +74,39 @@ def lr_factor(step: int, steps_per_epoch: int, options: ScheduleSection) -> floa
     return options.final + (1 - options.final) * (1 + math.cos(math.pi * done)) / 2
 
 
+def warmup_share(step: int, steps_per_epoch: int, options: ScheduleSection) -> float:
+    """How much of the warm-up is done at a step, in (0, 1]."""
+    return min(1.0, (step + 1) / (_warmup(steps_per_epoch, options) + 1))
+
+
+def _warmup(steps_per_epoch: int, options: ScheduleSection) -> int:
+    total = total_steps(steps_per_epoch, options)
+    return min(round(options.warmup_epochs * steps_per_epoch), total // 2)
+
+
 def total_steps(steps_per_epoch: int, options: ScheduleSection) -> int:
     """Global steps of the whole run."""
     return max(1, round(options.epochs * steps_per_epoch))
 
 
-def set_lr(optimizer: Any, lr: float) -> None:
-    """Sets the learning rate of every group, each by its own scale."""
+def set_hyperparameters(
+    optimizer: Any, lr: float, warmed_up: float, options: OptimizerSection
+) -> None:
+    """Sets the learning rate of every group, each by its own scale.
+
+    YOLOv5's SGD warms up in more than that: its momentum rises, and its biases come down from a
+    high rate of their own while all else comes up.
+
+    Args:
+        optimizer: torch's, or DeepSpeed's round it.
+        lr: of this step.
+        warmed_up: share of the warm-up that is done.
+        options: of the recipe.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+        if options.name == "sgd" and group.get("is_bias") and warmed_up < 1:
+            group["lr"] += options.warmup_bias_lr * (1 - warmed_up)
+        if options.name == "sgd":
+            start = options.warmup_momentum
+            group["momentum"] = start + (options.momentum - start) * warmed_up

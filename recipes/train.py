@@ -24,6 +24,7 @@ from ..data_prep.stream import Batch, BatchPlan, TrainStream, training_batches
 from ..model.assign import Targets
 from ..model.detector import Detector, build_criterion, build_detector, without_pretrained
 from ..model.letterbox import letterbox
+from ..model.weights import begin_from
 from . import state
 from .build import architecture, augmentation_at, eval_settings
 from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
@@ -33,7 +34,8 @@ from .ema import Ema
 from .engine import batch_plan, build_engine, commit_batch_statistics
 from .evaluate import Evaluation, evaluate
 from .meter import Meter
-from .optim import lr_factor, set_lr, total_steps
+from .native import save_native
+from .optim import lr_factor, set_hyperparameters, total_steps, warmup_share
 from .tracking import Tracker
 
 
@@ -84,8 +86,11 @@ class Run:
             design = without_pretrained(design)
         model = build_detector(design)
         self.eval_model: Detector = copy.deepcopy(model).eval().to(world.device)
+        self.fresh: list[str] = []
         if checkpoint:
             state.load_model(model, checkpoint)
+        elif recipe.model.weights:
+            self.fresh = begin_from(model, Path(recipe.model.weights))
         self.engine = build_engine(recipe, model, self.plan)
         self.model: Detector = self.engine.module
         self.ema = Ema(self.model, recipe.ema)
@@ -149,7 +154,8 @@ class Run:
             The losses, means over the global batch, and whether a signal asked any rank to stop.
         """
         engine, plan = self.engine, self.plan
-        set_lr(engine.optimizer, self._lr(self.step))
+        warmed_up = warmup_share(self.step, self.steps_per_epoch, self.recipe.schedule)
+        set_hyperparameters(engine.optimizer, self._lr(self.step), warmed_up, self.recipe.optimizer)
         self.model.train()
         names = self.criterion.names
         sums = torch.zeros(len(names) + 1, device=self.world.device)
@@ -216,6 +222,8 @@ class Run:
         tensors = state.entries(self.engine, self.ema, self.recipe.optimizer.name)
         keep = self.recipe.checkpoint.keep
         save_checkpoint(self.folder / "checkpoints", self.step, tensors, run_state, keep)
+        if self.recipe.checkpoint.native:
+            save_native(self.engine, self.folder / "native", self.step, run_state, keep)
         return self.step
 
     def _record(self, losses: dict[str, float], meter: Meter) -> None:
@@ -278,5 +286,10 @@ class Run:
             f"{self.recipe.deepspeed.stage}, global batch {self.plan.global_batch} = micro-batch "
             f"{self.plan.micro_batch} x {self.plan.accumulation} x {self.world.size}"
         )
+        if self.recipe.model.weights and not self.step:
+            new = (
+                f", but {len(self.fresh)} tensors that depend on the classes" if self.fresh else ""
+            )
+            self._say(f"begins with the weights of {self.recipe.model.weights}{new}")
         for change in self.changes:
             self._say(f"the recipe has changed since the checkpoint: {change}")

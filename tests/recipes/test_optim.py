@@ -16,8 +16,9 @@ from convnext_yolo.recipes.optim import (
     lr_factor,
     moment_names,
     parameter_groups,
-    set_lr,
+    set_hyperparameters,
     total_steps,
+    warmup_share,
 )
 
 
@@ -41,8 +42,9 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(
 
 
 def test_layer_decay_reaches_the_optimizer(model: Detector) -> None:
-    optimizer = build_optimizer(model, OptimizerSection(layer_decay=0.7, lr=1.0))
-    set_lr(optimizer, 0.5)
+    options = OptimizerSection(layer_decay=0.7, lr=1.0)
+    optimizer = build_optimizer(model, options)
+    set_hyperparameters(optimizer, 0.5, 1.0, options)
     lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     stem = lr[id(model.backbone.trunk.stem[0].weight)]
     last = lr[id(next(model.backbone.trunk.stages[3].blocks[0].parameters()))]
@@ -58,6 +60,23 @@ def test_the_optimizers(model: Detector) -> None:
     assert sgd.defaults["nesterov"] and sgd.defaults["momentum"] == 0.5
     assert moment_names("adamw") == ("exp_avg", "exp_avg_sq")
     assert moment_names("sgd") == ("momentum_buffer",)
+
+
+def test_sgd_warms_up_as_yolov5(model: Detector) -> None:
+    options = OptimizerSection(name="sgd", momentum=0.937, warmup_momentum=0.8, warmup_bias_lr=0.1)
+    schedule = ScheduleSection(epochs=10, warmup_epochs=2)
+    optimizer = build_optimizer(model, options)
+    bias, norm = model.head.cls_convs[0].bias, model.neck.lateral5.norm.weight
+    seen = []
+    for step in (0, 9, 20, 50):
+        share = warmup_share(step, 10, schedule)
+        set_hyperparameters(optimizer, 0.01 * share, share, options)
+        group = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        assert group[id(norm)]["lr"] == pytest.approx(0.01 * share)
+        seen.append((share, group[id(bias)]["lr"], group[id(bias)]["momentum"]))
+    assert seen[0] == pytest.approx((1 / 21, 0.01 / 21 + 0.1 * 20 / 21, 0.8 + 0.137 / 21))
+    assert seen[1][1] == pytest.approx(0.1 - 0.09 * 10 / 21)
+    assert seen[2] == pytest.approx((1, 0.01, 0.937)) and seen[3] == seen[2]
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine", "flat_cosine"])
