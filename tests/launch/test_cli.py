@@ -20,7 +20,8 @@ from convnext_yolo.launch.cli import main
 PROGRAM = Path(sys.executable).with_name("convnext-yolo")
 COMMANDS = (
     *([], ["shard"], ["verify"], ["train"], ["launch"], ["launch", "local"]),
-    *(["launch", "deepspeed"], ["eval"], ["export"], ["report"], ["demo"]),
+    *(["launch", "deepspeed"], ["eval"], ["export"], ["import"], ["report"], ["demo"]),
+    *(["bench"], ["bench", "infer"]),
 )
 
 

@@ -1,0 +1,47 @@
+"""Commands that measure: bench infer."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .parser import Commands, add_command, positive
+
+
+def _bench(commands: Commands) -> None:
+    parser = add_command(commands, "bench", "measure speed, always against something in one run")
+    what = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    infer = add_command(what, "infer", "size and speed of detectors, side by side")
+    infer.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="recipe files, or names; the first is 1.0"
+    )
+    infer.add_argument("--warmup", type=positive, default=100, metavar="N", help="default 100")
+    infer.add_argument("--runs", type=positive, default=300, metavar="N", help="default 300")
+    infer.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[1, 32],
+        metavar="N",
+        help="batch sizes, default 1 32; beyond 1 a run counts for as many as it has pictures",
+    )
+    infer.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    infer.add_argument("--figure", type=Path, metavar="PNG", help="draw them there")
+
+    def run(options: argparse.Namespace) -> None:
+        from ..recipes import bench_infer
+
+        speeds = bench_infer.bench_infer(
+            options.recipes, options.warmup, options.runs, options.batch
+        )
+        print(bench_infer.format_speeds(speeds))
+        if options.json:
+            rows = json.dumps(bench_infer.as_records(speeds), indent=2)
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(rows + "\n", encoding="utf-8")
+        if options.figure:
+            bench_infer.draw_speeds(speeds, options.figure)
+
+    infer.set_defaults(run_command=run)
+
+
+COMMANDS = (_bench,)
