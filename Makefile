@@ -13,13 +13,16 @@ SOURCES := $(shell find $(ROOMS) \( -name __pycache__ -o -name datasets \) -prun
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-long check lint format types contracts clean
+.PHONY: help quickstart compare test test-long check lint format types contracts clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.installed  ## install, then shard, train, evaluate and export on the bundled data
 	$(BIN)/python -m convnext_yolo.launch.quickstart
+
+compare: $(VENV)/.installed  ## the study's design against ours, two seeds each: half an hour
+	$(BIN)/python -m convnext_yolo.launch.compare
 
 test: lint types contracts  ## install, then every check, real processes and browser included
 	$(BIN)/pytest

@@ -32,8 +32,7 @@ class Stage:
 
 def main() -> int:
     """Runs the stages; returns the exit code of the first that fails, or 0."""
-    if not DATA.is_dir() or not RECIPE.is_file():
-        print(f"quickstart: no {DATA} here; run it in the repository's root", file=sys.stderr)
+    if not data_is_here("quickstart"):
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
     started_s = time.monotonic()
@@ -53,20 +52,16 @@ def main() -> int:
 def stages() -> list[Stage]:
     """What the quickstart does, in order."""
     results, figures = RUN / "results.json", [RUN / "curves.png", RUN / "predictions.png"]
-    shard = (
-        "shard --input {data}/instances_{split}.json --images {data}/images/{split} "
-        "--output {run}/shards/{split} --samples-per-shard 64"
-    )
     return [
         Stage(
             "Shard the bundled pictures (BCCD blood cells: 292 to train on, 72 to validate)",
-            [shard.format(data=DATA, run=RUN, split=split) for split in ("train", "val")],
+            shard_commands(),
             [RUN / "shards/train", RUN / "shards/val"],
-            lambda: False,  # the command itself sees when there is nothing to do
+            lambda: False,
         ),
         Stage(
             "Train from scratch under the DeepSpeed launcher",
-            [f"launch local --config {RECIPE}{_processes()}"],
+            [f"launch local --config {RECIPE}{processes()}"],
             [RUN / "recipe.yaml", RUN / "metrics.jsonl", RUN / "checkpoints"],
             _is_trained,
         ),
@@ -78,7 +73,11 @@ def stages() -> list[Stage]:
         ),
         Stage(
             "Evaluate them with pycocotools",
-            [f"eval --weights {WEIGHTS} --data {RUN}/shards/val --output {results}"],
+            # square, as the run itself evaluates
+            [
+                f"eval --weights {WEIGHTS} --data {RUN}/shards/val --letterbox square "
+                f"--output {results}"
+            ],
             [results],
             lambda: _is_newer(results, WEIGHTS),
         ),
@@ -89,6 +88,30 @@ def stages() -> list[Stage]:
             lambda: all(_is_newer(figure, WEIGHTS) for figure in figures),
         ),
     ]
+
+
+def data_is_here(program: str) -> bool:
+    """Whether this is the repository's root; says so where it is not."""
+    if DATA.is_dir() and RECIPE.is_file():
+        return True
+    print(f"{program}: no {DATA} here; run it in the repository's root", file=sys.stderr)
+    return False
+
+
+def shard_commands() -> list[str]:
+    """Shards the bundled data; a command sees when there is nothing to do."""
+    return [
+        f"shard --input {DATA}/instances_{split}.json --images {DATA}/images/{split} "
+        f"--output {RUN}/shards/{split} --samples-per-shard 64"
+        for split in ("train", "val")
+    ]
+
+
+def processes() -> str:
+    """An option of `launch local`: without a GPU, two."""
+    import torch
+
+    return "" if torch.cuda.is_available() else f" --processes {CPU_PROCESSES}"
 
 
 def _run(stage: Stage) -> int:
@@ -102,12 +125,6 @@ def _run(stage: Stage) -> int:
     how = "there already" if is_done else f"took {time.monotonic() - started_s:.1f} s"
     print(f"{how}: {', '.join(map(str, stage.outputs))}", flush=True)
     return 0
-
-
-def _processes() -> str:
-    import torch
-
-    return "" if torch.cuda.is_available() else f" --processes {CPU_PROCESSES}"
 
 
 def _is_trained() -> bool:

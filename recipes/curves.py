@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOSSES = {"box": "Box loss", "obj": "Objectness loss", "cls": "Class loss"}
+LOSSES = {
+    "box": "Box loss",
+    "obj": "Objectness loss",
+    "cls": "Class loss",
+    "dfl": "Distribution focal loss",
+}
 RAW: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.25}
 SMOOTH: dict[str, Any] = {"linewidth": 1.8}
 VALIDATION: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--", "marker": "o", "markersize": 3.5}
@@ -70,11 +75,14 @@ def draw_curves(histories: Sequence[History], output: Path) -> Path:
         ReportError: the file can't be written.
     """
     with open_figure(output, 12, 7.2) as figure:
-        grid = figure.add_gridspec(2, 6)
-        losses = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(3)]
-        precision, rate = figure.add_subplot(grid[1, :4]), figure.add_subplot(grid[1, 4:])
-        for axes, (key, title) in zip(losses, LOSSES.items(), strict=True):
-            style(axes, title)
+        keys = [key for key in LOSSES if any(key in r for h in histories for r in h.train)]
+        keys = keys or ["box"]  # a run that has only been evaluated
+        grid = figure.add_gridspec(2, 1)
+        losses = grid[0].subgridspec(1, len(keys)).subplots(squeeze=False)[0]
+        lower = grid[1].subgridspec(1, 2, width_ratios=(2, 1))
+        precision, rate = figure.add_subplot(lower[0]), figure.add_subplot(lower[1])
+        for axes, key in zip(losses, keys, strict=True):
+            style(axes, LOSSES[key])
             _draw_loss(axes, histories, key)
         style(precision, "Average precision on the validation pictures (EMA weights)")
         _draw_precision(precision, histories)

@@ -121,7 +121,7 @@ def test_eval_in_two_processes_and_on_a_coco_json(run_folder: Path, tmp_path: Pa
             *(BIN / "torchrun", "--standalone", "--nproc-per-node", "2"),
             *("-m", "convnext_yolo.launch", "eval", "--weights", run_folder),
             *("--data", cells / "instances_val.json", "--images", cells / "images/val"),
-            *("--output", output),
+            *("--letterbox", "square", "--output", output),
         ],
         check=True,
         capture_output=True,
