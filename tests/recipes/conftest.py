@@ -100,7 +100,8 @@ class TinyRun:
         """The training losses of each step."""
         records = [r for r in read_metrics(self.folder) if r["kind"] == "train"]
         assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-        return [{name: r[name] for name in ("box", "obj", "cls")} for r in records]
+        names = [name for name in ("box", "obj", "cls", "dfl") if name in records[0]]
+        return [{name: r[name] for name in names} for r in records]
 
     def sha256(self) -> str:
         """The hash that `export` prints."""

@@ -64,6 +64,26 @@ def test_stages_have_equal_losses_and_resume(
         assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
 
 
+def test_ours_trains_the_same_whole_and_partitioned(tiny_run: Callable[..., Any]) -> None:
+    """The anchor-free detector, one head for all levels: ZeRO-3 on two ranks, and alone."""
+    model = {
+        "backbone": {"name": "test_convnext", "options": {"drop_path_rate": 0.2}},
+        "neck_channels": [16, 24, 40],
+        "head_channels": 24,
+    }
+    options = {"model": model, "optimizer": {"lr": 1e-3, "layer_decay": 0.8}}
+    alone = tiny_run("ours-alone", deepspeed={"stage": 0}, **options)
+    alone.run("alone")
+    parted = tiny_run("ours-parted", deepspeed={"stage": 3}, **options)
+    parted.run("deepspeed")
+    for found, want in zip(parted.losses(), alone.losses(), strict=True):
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-4)
+    mixed = tiny_run("ours-bf16", deepspeed={"stage": 1, "precision": "bf16"}, **options)
+    mixed.run("alone")
+    for found, want in zip(mixed.losses(), alone.losses(), strict=True):
+        assert found == pytest.approx(want, rel=0.05, abs=0.05)
+
+
 def test_sgd_and_layer_decay_resume_too(tiny_run: Callable[..., Any]) -> None:
     """The other optimizer, with a group for each depth of the backbone."""
     sections = {
