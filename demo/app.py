@@ -54,8 +54,7 @@ def serve(
     before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         predictor = Predictor.load(weights)
-        if predictor.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(predictor.device)
         if examples is None:
             examples = bundled_examples(class_names(predictor.info))
         with tempfile.TemporaryDirectory(prefix="convnext-yolo-demo-") as folder:

@@ -29,14 +29,16 @@ def _bench(commands: Commands) -> None:
 
     def run(options: argparse.Namespace) -> None:
         from ..recipes import bench_infer
+        from ..recipes.figures import check_writable
 
+        for path in filter(None, (options.json, options.figure)):
+            check_writable(path)  # before the minutes of measuring
         speeds = bench_infer.bench_infer(
             options.recipes, options.warmup, options.runs, options.batch
         )
         print(bench_infer.format_speeds(speeds))
         if options.json:
             rows = json.dumps(bench_infer.as_records(speeds), indent=2)
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(rows + "\n", encoding="utf-8")
         if options.figure:
             bench_infer.draw_speeds(speeds, options.figure)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .boxes import pairwise_iou
 
 SHAPE_RATIO = 4.0
-# YOLOv8's and PP-YOLOE's numbers for TOOD's: cells an object, powers of score and IoU.
+# Cells an object, powers of score and IoU: YOLOv8's numbers for TOOD's.
 TOP_CELLS, SCORE_POWER, IOU_POWER = 10, 0.5, 6.0
 
 
@@ -112,7 +112,7 @@ def align_cells(
     """Gives each object its best cells, by score^.5 · IoU^6 of what they predict now.
 
     A cell that several objects want goes to the one it overlaps most. The quality of an object's
-    cells is their metric, scaled so that the best has the object's best IoU (TOOD, equation 3).
+    cells is their metric, scaled so that the best has the object's best IoU (TOOD, section 3.2).
 
     Args:
         targets: N objects.

@@ -50,8 +50,15 @@ class Backbone(nn.Module):
                 f"backbone {name}: pretrained weights are for timm's own {changed[0]}; drop "
                 f"model.backbone.options.{changed[0]}, or set model.backbone.pretrained: false"
             )
-        tensors = None if weights is None else _read_weights(weights)
-        self.trunk = _create(name, dict(options or {}), pretrained and weights is None)
+        options = dict(options or {})
+        tensors, source = None, ""
+        if weights is not None:
+            tensors, source = _read_weights(weights), weights
+        elif pretrained and "conv_mlp" in options:
+            # timm loads published weights in the form that they were published in, and no other.
+            plain = {key: value for key, value in options.items() if key != "conv_mlp"}
+            tensors, source = _create(name, plain, pretrained=True).state_dict(), "from the hub"
+        self.trunk = _create(name, options, pretrained and tensors is None)
         config = self.trunk.pretrained_cfg
         found = _stages(self.trunk, name)
         self.indices = tuple(index for index, _ in found)
@@ -63,13 +70,13 @@ class Backbone(nn.Module):
         everything = set(self.trunk.state_dict())
         # What comes after the last stage would be parameters that never see a gradient.
         self.trunk.prune_intermediate_layers(list(self.indices), prune_norm=True, prune_head=True)
-        if tensors is not None and weights is not None:
+        if tensors is not None:
             classifier = config.get("classifier") or "head"
             classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
             unused = everything - set(self.trunk.state_dict())
             own = {k: t for k, t in tensors.items() if not k.startswith(classifier)}
             own = {k: t for k, t in own.items() if k not in unused}
-            _fill(self.trunk, own, name, weights)
+            _fill(self.trunk, own, name, source)
         # After the weights are there. The statistics then do not depend on the world size.
         replace_batch_norms(self.trunk)
 

@@ -16,6 +16,9 @@ from .head import AlignedHead, AnchorHead
 
 # Objectness of the level with the most cells weighs most: YOLOv5's balance for P3, P4, P5.
 LEVEL_BALANCE = (4.0, 1.0, 0.4)
+# Objects below this many strides of the finest level have the cells of a square so large to choose
+# from; found by trial, see docs/benchmarks.md.
+SMALL_STRIDES = 3
 
 
 class AnchorCriterion(nn.Module):
@@ -85,7 +88,7 @@ class AlignedCriterion(nn.Module):
     """Box = 1 - CIoU, dfl = distribution focal loss, cls = BCE against the alignment's quality.
 
     Positives count by their quality, and all three are divided by the sum of qualities (Feng et
-    al., TOOD, 2021, equations 5 and 6, with BCE for its focal loss as in YOLOv8).
+    al., TOOD, 2021, section 3.2, with BCE for its focal loss as in YOLOv8).
 
     Args:
         box, cls, dfl: gains of the three losses.
@@ -106,7 +109,11 @@ class AlignedCriterion(nn.Module):
         centres, strides = head.cells(raw)
         boxes = head.boxes(distances, centres, strides)
         found = align_cells(
-            targets, boxes.detach(), logits.detach().sigmoid(), centres, 3 * min(head.strides)
+            targets,
+            boxes.detach(),
+            logits.detach().sigmoid(),
+            centres,
+            SMALL_STRIDES * min(head.strides),
         )
         wanted = torch.zeros_like(logits)
         wanted[found.image, found.cell, targets.label[found.target]] = found.quality

@@ -2,16 +2,20 @@
 
 import ctypes
 
+import torch
+
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc reuse the pages of large tensors; elsewhere does nothing.
+def keep_freed_memory(device: torch.device) -> None:
+    """Lets glibc reuse the pages of large tensors, where these are the CPU's.
 
     By default every tensor of more than some megabytes is mapped anew and unmapped after use, and
-    the system clears each of its pages: a quarter of the time of a forward pass at 640 px here.
+    the system clears each of its pages each time (docs/benchmarks.md says what that costs).
     """
+    if device.type != "cpu":
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library

@@ -96,8 +96,8 @@ def seed_neck(
 def large_kernel_neck(in_channels: Sequence[int], channels: Sequence[int], repeats: int) -> PANet:
     """Ours: the blocks of RTMDet (Lyu et al., 2022) under GroupNorm.
 
-    ConvNeXt's stages come out without a norm, so each tapped one gets a LayerNorm, as every
-    detector on ConvNeXt has it (Liu et al., "A ConvNet for the 2020s", 2022, section 3.4).
+    ConvNeXt's stages come out without a norm, so each tapped one gets a LayerNorm, as in the
+    detectors that its authors released (Liu et al., "A ConvNet for the 2020s", 2022).
     """
     adapters = [
         nn.Sequential(LayerNorm2d(i), Conv(i, c, norm=group_norm))

@@ -7,7 +7,7 @@ Metadata (strings, as safetensors wants them): `format`, `architecture` (JSON ar
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,19 @@ def load_detector(path: Path) -> tuple[Detector, WeightsInfo]:
     return detector.eval(), info
 
 
-def begin_from(detector: Detector, path: Path) -> list[str]:
+CLASS_OUTPUTS = ("head.convs.", "head.cls_convs.")  # the convolutions whose outputs are classes
+
+
+def begin_from(detector: Detector, path: Path, class_names: Sequence[str]) -> list[str]:
     """Fills a detector that is to be trained with the weights of a file; fine-tuning.
 
-    With other classes than the file's, the head's outputs stay as they are initialised.
+    With other classes than the file's, or in another order, the convolutions whose outputs stand
+    for classes stay as they are initialised.
+
+    Args:
+        detector: of the file's architecture, but for the number of classes.
+        path: a file of `export` or `import`.
+        class_names: of the data that it is to be trained on, in index order.
 
     Returns:
         The names of the tensors that stay.
@@ -151,15 +160,15 @@ def begin_from(detector: Detector, path: Path) -> list[str]:
     Raises:
         WeightsError: as `load_detector`, or the file holds another architecture.
     """
-    theirs = load_detector(path)[0].state_dict()
-    ours = detector.state_dict()
+    learnt, info = load_detector(path)
+    theirs, ours = learnt.state_dict(), detector.state_dict()
+    has_classes = [entry["name"] for entry in info.classes] == list(class_names)
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = "is not in the file" if name in ours else "is not in the recipe's model"
         raise WeightsError(f"weights {path}: {name} {where}; give weights of the same model")
-    other = [name for name, tensor in ours.items() if theirs[name].shape != tensor.shape]
-    for name in other:
-        # Classes are the first dimension of the head's last convolutions, and of nothing else.
-        if not name.startswith("head.") or theirs[name].shape[1:] != ours[name].shape[1:]:
+    fresh = [] if has_classes else [name for name in ours if name.startswith(CLASS_OUTPUTS)]
+    for name in ours:
+        if name not in fresh and theirs[name].shape != ours[name].shape:
             raise WeightsError(
                 f"weights {path}: {name} has the shape {tuple(theirs[name].shape)}, but the "
                 f"recipe's model needs {tuple(ours[name].shape)}; give weights of the same model"
@@ -170,5 +179,5 @@ def begin_from(detector: Detector, path: Path) -> list[str]:
             f"weights {path}: learnt with the anchors {theirs[anchors].tolist()}; "
             "set model.anchors to these"
         )
-    detector.load_state_dict({**theirs, **{name: ours[name] for name in other}})
-    return other
+    detector.load_state_dict({**theirs, **{name: ours[name] for name in fresh}})
+    return fresh

@@ -78,7 +78,7 @@ class ConvNeXtYOLOSection(DetectorSection):
 
     name: Literal["convnext_yolo"] = "convnext_yolo"
     backbone: BackboneSection = BackboneSection()
-    neck_channels: tuple[Count, Count, Count] = (128, 256, 512)
+    neck_channels: tuple[Count, Count, Count] = (96, 192, 384)
     neck_repeats: Count = 1
     head_channels: Count = 96
     head_convs: Count = 2
@@ -125,7 +125,7 @@ DETECTORS: dict[str, type[DetectorSection]] = {
 }
 
 
-def _detector_name(model: Any) -> Any:
+def detector_name(model: Any) -> Any:
     """Which detector a `model` section is about; ours, where it does not say."""
     if isinstance(model, dict):
         return model.get("name", "convnext_yolo")
@@ -137,7 +137,7 @@ ModelSection = Annotated[
     | Annotated[SeedSection, Tag("seed_convnext_yolo")]
     | Annotated[YOLOv5Section, Tag("yolov5")],
     Discriminator(
-        _detector_name,
+        detector_name,
         custom_error_type="unknown_detector",
         custom_error_message=f"is not a detector; known here: {', '.join(DETECTORS)}",
     ),

@@ -49,7 +49,7 @@ def start_world() -> World:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        keep_freed_memory()
+        keep_freed_memory(device)
         # DeepSpeed would compile a shared-memory all-reduce (a minute, a compiler, and segments in
         # /dev/shm that outlive a killed rank); gloo needs none of it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

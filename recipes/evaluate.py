@@ -130,12 +130,11 @@ def evaluate_command(
     from accelerate import PartialState
 
     use_cpu = not torch.cuda.is_available()
-    if use_cpu:
-        keep_freed_memory()
     reader = open_data(data, images)
     detector, info = load_detector(latest_export(weights) if weights.is_dir() else weights)
     class_ids = match_classes(info.classes, reader.classes)
     device = PartialState(cpu=use_cpu).device
+    keep_freed_memory(device)
     settings = EvalSettings(
         info.image_px, batch, workers, EvalSection().confidence, EvalSection().iou, shape
     )

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ..model.detector import without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
@@ -32,7 +34,14 @@ def export(
             f"run {run}: no checkpoint in {run / 'checkpoints'}; train it first with "
             f"`convnext-yolo train --config … --run {run}`"
         )
-    recipe = Recipe.model_validate(found.state["recipe"])
+    try:
+        recipe = Recipe.model_validate(found.state["recipe"])
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(
+            f"checkpoint {found.path}: was written by another version, whose {key} this one does "
+            "not know; export it with that version"
+        ) from None
     # Exported weights replace the backbone's pretrained ones: nothing is left to fetch.
     architecture = without_pretrained(found.state["architecture"])
     info = WeightsInfo(

@@ -44,6 +44,22 @@ def open_figure(output: Path, width_in: float, height_in: float) -> Iterator["Fi
         ) from error
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written later.
+
+    Raises:
+        ReportError: the file can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ReportError(f"{path}: can't be written ({error.strerror}); give another") from error
+
+
 def style(axes: "Axes", title: str) -> None:
     """A quiet frame for curves over epochs."""
     axes.set_title(title, fontsize=10, color=INK)

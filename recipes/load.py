@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .config import DETECTORS, Recipe, RecipeError
+from .config import DETECTORS, Recipe, RecipeError, detector_name
 
 
 def load_recipe(files: Sequence[Path], options: Sequence[str] = ()) -> Recipe:
@@ -154,10 +154,7 @@ def _known_keys(path: Sequence[str], merged: Mapping[str, Any]) -> list[str]:
     for part in path:
         annotation = section.model_fields[part].annotation
         if part == "model":  # one section for each detector
-            given = merged.get("model")
-            annotation = DETECTORS[
-                given.get("name", "convnext_yolo") if isinstance(given, dict) else "convnext_yolo"
-            ]
+            annotation = DETECTORS[detector_name(merged.get("model"))]
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         section = annotation
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -62,16 +62,14 @@ def moment_names(optimizer: str) -> tuple[str, ...]:
 
 def lr_factor(step: int, steps_per_epoch: int, options: ScheduleSection) -> float:
     """Learning rate at a step as a share of its peak: warm-up, then the decay."""
-    warmed_up = warmup_share(step, steps_per_epoch, options)
-    if warmed_up < 1:
-        return warmed_up
     total, warmup = total_steps(steps_per_epoch, options), _warmup(steps_per_epoch, options)
-    done = (step - warmup) / max(1, total - warmup)
-    if options.decay == "linear":
-        return 1 - (1 - options.final) * done
+    warmed_up = warmup_share(step, steps_per_epoch, options)
+    if options.decay == "linear":  # over the whole run, warm-up included, as YOLOv5's
+        return warmed_up * (1 - (1 - options.final) * step / total)
+    done = max(0.0, (step - warmup) / max(1, total - warmup))
     if options.decay == "flat_cosine":  # flat for the first half, as RTMDet trains
         done = max(0.0, 2 * done - 1)
-    return options.final + (1 - options.final) * (1 + math.cos(math.pi * done)) / 2
+    return warmed_up * (options.final + (1 - options.final) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def warmup_share(step: int, steps_per_epoch: int, options: ScheduleSection) -> float:
@@ -95,7 +93,8 @@ def set_hyperparameters(
     """Sets the learning rate of every group, each by its own scale.
 
     YOLOv5's SGD warms up in more than that: its momentum rises, and its biases come down from a
-    high rate of their own while all else comes up.
+    high rate of their own while all else comes up. (With layer-wise decay, which is not YOLOv5's,
+    those of the backbone come up as its weights do.)
 
     Args:
         optimizer: torch's, or DeepSpeed's round it.

@@ -4,6 +4,7 @@ Parameters are loaded into the plain model before DeepSpeed wraps it, whatever t
 afterwards, into whichever shards this stage and world size give each rank.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def load_optimizer(engine: Any, optimizer: str, checkpoint: Checkpoint) -> None:
 
 # Changing one of these in the middle of a run would break its arithmetic or its stream.
 FIXED = ("seed", "model", "batch.global", "batch.micro", "optimizer.name")
+# Within these, what a resume has no more use for, and what only weighs the losses.
+FREE = ("model.weights", "model.backbone.weights", "model.backbone.pretrained", "model.loss")
 
 
 def recipe_changes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
@@ -84,13 +87,17 @@ def recipe_changes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
     now = _flatten(recipe.model_dump(mode="json", by_alias=True))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     for key in keys:
-        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+        if _is_within(key, FIXED) and not _is_within(key, FREE):
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: its run has {key} = {before.get(key)!r}, the "
                 f"recipe {now.get(key)!r}, and that can't change in the middle; set it back, or "
                 "train into another folder with --run"
             )
     return [f"{key} {before.get(key)!r} → {now.get(key)!r}" for key in keys]
+
+
+def _is_within(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
 def is_finished(recipe: Recipe) -> bool:

@@ -82,7 +82,7 @@ class Run:
 
         torch.manual_seed(recipe.seed)  # the initial weights, the same on every rank
         design = architecture(recipe, len(self.classes))
-        if checkpoint:  # its weights replace the backbone's: nothing is to be fetched
+        if checkpoint or recipe.model.weights:  # these replace the backbone's: nothing to fetch
             design = without_pretrained(design)
         model = build_detector(design)
         self.eval_model: Detector = copy.deepcopy(model).eval().to(world.device)
@@ -90,7 +90,8 @@ class Run:
         if checkpoint:
             state.load_model(model, checkpoint)
         elif recipe.model.weights:
-            self.fresh = begin_from(model, Path(recipe.model.weights))
+            names = [str(entry["name"]) for entry in self.classes]
+            self.fresh = begin_from(model, Path(recipe.model.weights), names)
         self.engine = build_engine(recipe, model, self.plan)
         self.model: Detector = self.engine.module
         self.ema = Ema(self.model, recipe.ema)

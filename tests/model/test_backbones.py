@@ -172,6 +172,20 @@ def test_linear_layers_and_1x1_convolutions_are_one(tmp_path, name, conv_mlp):
         assert torch.equal(tensor, first.trunk.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_published_weights_fit_both_layouts(tmp_path, conv_mlp):
+    """timm itself loads a hub's linear layers into linear layers only."""
+    torch.manual_seed(7)
+    published = timm.create_model("test_convnext", num_classes=1000)
+    save_file(published.state_dict(), tmp_path / "hub.safetensors")
+    overlay = {"file": str(tmp_path / "hub.safetensors")}  # timm's stand-in for its hub
+    options = {"conv_mlp": conv_mlp, "pretrained_cfg_overlay": overlay}
+    trunk = Backbone("test_convnext", options, pretrained=True).trunk
+    theirs = published.state_dict()
+    for key, tensor in trunk.state_dict().items():
+        assert torch.equal(tensor.squeeze(), theirs[key].squeeze()), key
+
+
 def weights_file(tmp_path, change=lambda tensors: None) -> str:
     """Weights of timm's whole model, changed."""
     torch.manual_seed(5)

@@ -39,6 +39,21 @@ def test_what_may_change_is_told(words: list[str], changes: list[str]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["--model.weights", "/gone.safetensors"],
+        ["--model.backbone.weights", "/gone.safetensors"],
+        ["--model.backbone.pretrained", "true"],
+        ["--model.loss.cls", "1"],
+    ],
+)
+def test_what_the_model_began_with_may_change(words: list[str]) -> None:
+    """A resume takes the checkpoint's weights, also where the first ones are gone."""
+    [told] = recipe_changes(load_recipe([], words), written_under(Recipe()))
+    assert words[0][2:] in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ["--seed", "1"],
         ["--batch.global", "32"],
         ["--batch.micro", "8"],
