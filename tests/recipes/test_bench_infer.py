@@ -30,13 +30,14 @@ def recipes(tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"{name}.yaml") for name in models]
 
 
-@pytest.mark.process  # compiles with a C++ compiler
+@pytest.mark.process  # compiles with a C++ compiler, half a minute each of four
+@pytest.mark.timeout(900)
 def test_rows_of_two_recipes(recipes, tmp_path, capsys):
     files = ["--json", str(tmp_path / "b.json"), "--figure", str(tmp_path / "b.png")]
-    words = ["bench", "infer", *recipes, "--warmup", "1", "--runs", "3", "--batch", "1", "2"]
+    words = ["bench", "infer", *recipes, "--warmup", "1", "--runs", "3", "--batch", "2"]
     assert main([*words, *files]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert len(rows) == 2 * 2 * 2 * 2 and all(set(row) == ROW for row in rows)
+    assert len(rows) == 2 * 2 * 2 and all(set(row) == ROW for row in rows)
     ways = {(r["recipe"], r["batch"], r["compiled"], r["channels_last"]) for r in rows}
     assert len(ways) == len(rows)
     for row in rows:
@@ -48,7 +49,7 @@ def test_rows_of_two_recipes(recipes, tmp_path, capsys):
             assert (row["parameters"], row["fused_parameters"]) == (1_872_157, 1_867_405)
             assert row["relative"] <= 1
     table = capsys.readouterr().out
-    assert table.count("\n") == len(rows) + 2 and table.count(" *\n") == 4
+    assert table.count("\n") == len(rows) + 2 and table.count(" *\n") == 2
     assert (tmp_path / "b.png").stat().st_size > 5000
 
 
