@@ -1,4 +1,4 @@
-"""The one exception of this room that is meant for the user's eyes."""
+"""The exceptions of this room, all meant for the user's eyes."""
 
 
 class DataError(Exception):
@@ -8,3 +8,20 @@ class DataError(Exception):
     """
 
     exit_code = 2
+
+
+class CorruptSampleError(DataError):
+    """One sample can't be used; training replaces it and goes on (see `quarantine`).
+
+    Args:
+        shard: name of its tar, or of its file.
+        key: of the sample.
+        reason: what is wrong, in a few words.
+    """
+
+    def __init__(self, shard: str, key: str, reason: str):
+        super().__init__(
+            f"{shard}: sample {key} {reason}; `convnext-yolo verify --images` finds all such, "
+            "then fetch or make the shard again"
+        )
+        self.shard, self.key, self.reason = shard, key, reason

@@ -11,9 +11,10 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from .errors import DataError
+from .decode import decode_image
+from .errors import CorruptSampleError, DataError
 from .formats import Category, DetectionDataset
-from .manifest import Manifest
+from .manifest import TAR_BLOCK_BYTES, Manifest
 from .samples import sample_key
 
 MAX_OPEN_SHARDS = 32
@@ -41,7 +42,7 @@ class SampleReader(Protocol):
         ...
 
     def decode(self, position: int) -> Sample:
-        """One sample, its picture decoded. Raises DataError where that can't be."""
+        """One sample, its picture decoded. Raises CorruptSampleError where that can't be."""
         ...
 
     def sizes_px(self) -> np.ndarray:
@@ -75,13 +76,15 @@ class ShardReader:
         """The encoded picture and the annotations of one sample.
 
         Raises:
-            DataError: the shard is missing or is not what its manifest says.
+            CorruptSampleError: the sample is not what the manifest says.
+            DataError: the shard is missing.
         """
         # Heavy (it imports torch), and `--help` must not wait for it.
         from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
         index, within = self._place(position)
-        offset, key = int(self.manifest.shards[index].offsets[within]), self._key(position)
+        offset = int(self.manifest.shards[index].blocks[within]) * TAR_BLOCK_BYTES
+        key = self._key(position)
         file = self._file(index)
         try:
             file.seek(offset)
@@ -89,36 +92,38 @@ class ShardReader:
             members = list(itertools.islice(tar_file_iterator(file), 2))
         except (tarfile.TarError, OSError) as error:
             why = str(error).partition(" @ ")[0]  # webdataset adds the file object
-            raise self._damaged(position, f"can't be read, {why}") from None
+            raise self._corrupt(position, f"can't be read, {why}") from None
         names = [base_plus_ext(member["fname"]) for member in members]
         parts = {name[1]: member["data"] for name, member in zip(names, members, strict=True)}
         if {name[0] for name in names} != {key} or len(parts) != 2 or "json" not in parts:
             found = ", ".join(member["fname"] for member in members) or "nothing"
-            raise self._damaged(position, f"should be a picture and a json, but {found} is there")
+            raise self._corrupt(position, f"should be a picture and a json, but {found} is there")
         try:
             annotations = json.loads(parts.pop("json"))
         except ValueError as error:
-            raise self._damaged(position, f"has broken JSON, {error}") from None
+            raise self._corrupt(position, f"has broken JSON, {error}") from None
         return next(iter(parts.values())), annotations
 
     def decode(self, position: int) -> Sample:
         """One sample with its picture decoded.
 
         Raises:
-            DataError: as `read`, or a picture that can't be decoded.
+            CorruptSampleError: the sample can't be read or decoded.
         """
         encoded, annotations = self.read(position)
         try:
             return Sample(
-                image=decode_image(encoded, f"{self.folder}: picture {annotations['file_name']}"),
+                image=decode_image(encoded),
                 boxes_xyxy=np.array(annotations["boxes"], np.float32).reshape(-1, 4),
                 labels=np.array(annotations["labels"], np.int64),
                 crowd=np.array(annotations["crowd"], bool),
                 area=np.array(annotations["area"], np.float32),
                 image_id=annotations["image_id"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(position, f"has bad annotations, {error}") from None
+        except KeyError as error:
+            raise self._corrupt(position, f"lacks {error} in its JSON") from None
+        except (TypeError, ValueError) as error:
+            raise self._corrupt(position, str(error)) from None
 
     def sizes_px(self) -> np.ndarray:
         """Width and height of every picture, `[n, 2]`, from the manifest."""
@@ -133,12 +138,9 @@ class ShardReader:
         index, within = self._place(position)
         return sample_key(int(self.manifest.shards[index].image_ids[within]))
 
-    def _damaged(self, position: int, what: str) -> DataError:
+    def _corrupt(self, position: int, reason: str) -> CorruptSampleError:
         path = self.folder / self.manifest.shards[self._place(position)[0]].name
-        return DataError(
-            f"{path}: sample {self._key(position)} {what}; `convnext-yolo verify` finds all such, "
-            "then fetch or make the shard again"
-        )
+        return CorruptSampleError(str(path), self._key(position), reason)
 
     def _file(self, index: int) -> IO[bytes]:
         if self._owner != os.getpid():  # forked: an inherited file would be read by two
@@ -169,14 +171,15 @@ class FileReader:
         return len(self.dataset.images)
 
     def decode(self, position: int) -> Sample:
-        """One sample. Raises DataError where its file can't be read or decoded."""
+        """One sample. Raises CorruptSampleError where its file can't be read or decoded."""
         record = self.dataset.images[position]
         try:
-            encoded = record.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"picture {record.path}: {error.strerror}") from error
+            image = decode_image(record.path.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise CorruptSampleError(str(record.path), sample_key(record.id), reason) from None
         return Sample(
-            image=decode_image(encoded, f"picture {record.path}"),
+            image=image,
             boxes_xyxy=record.boxes_xyxy,
             labels=record.labels,
             crowd=record.crowd,
@@ -188,23 +191,3 @@ class FileReader:
         """Width and height of every picture, `[n, 2]`, from the annotations."""
         sizes = [(record.width, record.height) for record in self.dataset.images]
         return np.array(sizes, dtype=np.int32).reshape(-1, 2)
-
-
-def decode_image(encoded: bytes, name: str) -> np.ndarray:
-    """An encoded picture → `[H, W, 3]` uint8, RGB, as stored.
-
-    Boxes refer to the stored pixels, so an EXIF orientation does not turn them.
-    """
-    import cv2
-
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error:  # no bytes at all, or too many pixels
-        image = None
-    if image is None:
-        raise DataError(
-            f"{name} can't be decoded; `convnext-yolo verify` finds all such, "
-            "then shard the data again without them"
-        )
-    return image

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +25,16 @@ import numpy as np
 from .errors import DataError
 from .formats import DetectionDataset, ImageRecord
 from .image_header import image_extension
-from .manifest import MANIFEST_NAME, VERSION, Manifest, ShardEntry
+from .manifest import (
+    CHUNK,
+    MANIFEST_NAME,
+    TAR_BLOCK_BYTES,
+    VERSION,
+    Manifest,
+    ShardEntry,
+    first_bytes,
+    narrow,
+)
 from .publish import partial_folder, publish
 from .samples import encode_annotations, sample_key, stored_image
 
@@ -117,20 +127,37 @@ class _Job:
 
 
 class _HashedFile:
-    """A file to write to that keeps count and sha256, so that nothing is read back."""
+    """A file to write to that keeps count and digests, so that nothing is read back."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._chunks = [hashlib.sha256()]
+        self._boundaries: deque[int] = deque()
         self.bytes = 0
+
+    def begin_chunk(self, at: int) -> None:
+        """What comes from byte `at` on is another chunk; the tar writer buffers, so it may wait."""
+        self._boundaries.append(at)
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
-        self.bytes += len(data)
+        rest = memoryview(data)
+        while self._boundaries and self._boundaries[0] < self.bytes + len(rest):
+            before = self._boundaries.popleft() - self.bytes
+            self._chunks[-1].update(rest[:before])
+            self._chunks.append(hashlib.sha256())
+            self.bytes += before
+            rest = rest[before:]
+        self._chunks[-1].update(rest)
+        self.bytes += len(rest)
         return self._file.write(data)
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
+
+    def chunk_digests(self) -> list[int]:
+        return [first_bytes(chunk) for chunk in self._chunks]
 
 
 def _jobs(images: list[ImageRecord], samples_per_shard: int, folder: Path) -> list[_Job]:
@@ -144,7 +171,7 @@ def _jobs(images: list[ImageRecord], samples_per_shard: int, folder: Path) -> li
 def _write_shard(job: _Job, advance: Callable[[int], object] = lambda count: None) -> ShardEntry:
     from webdataset.writer import TarWriter  # slow: it imports torch
 
-    offsets = []
+    offsets: list[int] = []
     with job.path.open("wb") as file:
         hashed = _HashedFile(file)
         # Owner, mode and time are fixed, so that the bytes depend on the samples alone.
@@ -156,6 +183,8 @@ def _write_shard(job: _Job, advance: Callable[[int], object] = lambda count: Non
                     raise DataError(
                         f"{record.path}: the image can't be read ({error.strerror}); restore it."
                     ) from None
+                if offsets and len(offsets) % CHUNK == 0:
+                    hashed.begin_chunk(tar.tarstream.offset)
                 offsets.append(tar.tarstream.offset)
                 tar.write(
                     {
@@ -171,9 +200,10 @@ def _write_shard(job: _Job, advance: Callable[[int], object] = lambda count: Non
         name=job.path.name,
         bytes=hashed.bytes,
         sha256=hashed.hexdigest(),
-        image_ids=np.array([record.id for record in job.records], dtype=np.int64),
-        offsets=np.array(offsets, dtype=np.uint64),
+        image_ids=narrow(np.array([record.id for record in job.records], dtype=np.int64)),
+        blocks=(np.array(offsets) // TAR_BLOCK_BYTES).astype(np.uint32),
         sizes=np.array([(r.width, r.height) for r in job.records], dtype=np.int32),
+        chunk_digests=np.array(hashed.chunk_digests(), dtype=np.uint64),
     )
 
 

@@ -44,7 +44,8 @@ def _verify(commands: Commands) -> None:
 
     def run(options: argparse.Namespace) -> None:
         from ..data_prep.errors import DataError
-        from ..data_prep.manifest import Manifest, verify
+        from ..data_prep.manifest import Manifest
+        from ..data_prep.verify import verify
 
         problems = verify(options.shards)
         if problems:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from convnext_yolo.data_prep.errors import DataError
-from convnext_yolo.data_prep.manifest import verify
+from convnext_yolo.data_prep.verify import verify
 
 
 def cut(files, position: int, keep: float) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,8 +14,11 @@ import pytest
 
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.formats import Category
-from convnext_yolo.data_prep.manifest import Manifest, ShardEntry, verify
+from convnext_yolo.data_prep.manifest import CHUNK, Manifest, ShardEntry, narrow
 from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.verify import verify
+
+from .conftest import noise
 
 Document = dict[str, Any]
 
@@ -35,9 +39,10 @@ def manifest_of(images: int, samples_per_shard: int) -> Manifest:
                 name=f"shard-{index:06d}.tar",
                 bytes=count * 160_000,
                 sha256="0" * 64,
-                image_ids=np.arange(start, start + count) * 5,
-                offsets=np.arange(count, dtype=np.uint64) * np.uint64(159_744),
+                image_ids=narrow(np.arange(start, start + count) * 5),
+                blocks=np.arange(count, dtype=np.uint32) * np.uint32(312),
                 sizes=np.tile(np.array([640, 480], np.int32), (count, 1)),
+                chunk_digests=np.arange(-(-count // CHUNK), dtype=np.uint64),
             )
         )
     return Manifest((Category(1, "cat"),), 7 * images, "f" * 64, tuple(entries))
@@ -53,7 +58,6 @@ def test_save_and_load(tmp_path):
     assert [entry.samples for entry in loaded.shards] == [4, 4, 2]
     last = loaded.shards[-1]
     assert last.keys == ["000000000040", "000000000045"]
-    assert last.offsets.dtype == np.uint64
     assert last.offsets.tolist() == [0, 159_744]
     assert last.sizes.tolist() == [[640, 480], [640, 480]]
     first = (tmp_path / "manifest.json").read_bytes()
@@ -64,7 +68,7 @@ def test_save_and_load(tmp_path):
 def test_the_document(shards):
     document = json.loads((shards / "manifest.json").read_text())
     assert document["format"] == "convnext-yolo-shards"
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["classes"] == [{"id": 3, "name": "dog"}, {"id": 9, "name": "cat"}]
     assert (document["samples"], document["boxes"]) == (5, 5)
     assert document["bytes"] == sum(path.stat().st_size for path in shards.glob("*.tar"))
@@ -74,7 +78,16 @@ def test_the_document(shards):
     assert first["keys"] == ["000000000000", "000000000012"]
     assert first["sizes"] == [[64, 24], [32, 48]]
     assert first["offsets"][0] == 0
-    assert set(first) == {"name", "samples", "bytes", "sha256", "keys", "offsets", "sizes"}
+    assert set(first) == {
+        "name",
+        "samples",
+        "bytes",
+        "sha256",
+        "keys",
+        "offsets",
+        "sizes",
+        "chunks",
+    }
 
 
 def test_the_manifest_of_coco_loads_well_under_a_second(tmp_path):
@@ -83,8 +96,21 @@ def test_the_manifest_of_coco_loads_well_under_a_second(tmp_path):
     loaded = Manifest.load(tmp_path)
     assert time.process_time() - start < 1
     assert loaded.samples == 118_287
-    arrays = [a for e in loaded.shards for a in (e.image_ids, e.offsets, e.sizes)]
-    assert sum(array.nbytes for array in arrays) <= 24 * 118_287
+    arrays = [a for e in loaded.shards for a in (e.image_ids, e.blocks, e.sizes, e.chunk_digests)]
+    assert sum(array.nbytes for array in arrays) <= 17.1 * 118_287
+
+
+@pytest.mark.parametrize(("samples", "per_shard"), [(1, 8), (20, 3), (20, 9), (24, 8), (17, 512)])
+def test_chunks_cover_a_shard_and_have_its_digests(tmp_path, samples, per_shard):
+    write_shards(noise(tmp_path, samples), tmp_path / "out", per_shard, progress=False)
+    for entry in Manifest.load(tmp_path / "out").shards:
+        data = (tmp_path / "out" / entry.name).read_bytes()
+        spans = [entry.chunk(number) for number in range(len(entry.chunk_digests))]
+        assert spans[0][0] == 0 and spans[-1][1] == len(data)
+        assert [start for start, _ in spans[1:]] == [end for _, end in spans[:-1]]
+        assert [start for start, _ in spans] == entry.offsets[::CHUNK].tolist()
+        digests = [hashlib.sha256(data[start:end]).hexdigest()[:16] for start, end in spans]
+        assert digests == [f"{digest:016x}" for digest in entry.chunk_digests.tolist()]
 
 
 def test_folders_without_a_manifest(tmp_path):
@@ -103,7 +129,7 @@ def first_shard(**values: Any) -> Callable[[Document], None]:
 
 BAD = {
     "other format": (lambda d: d.update(format="wids"), ["format is not 'convnext-yolo-shards'"]),
-    "other version": (lambda d: d.update(version=2), ["version is 2, this program reads 1"]),
+    "other version": (lambda d: d.update(version=1), ["version is 1, this program reads 2"]),
     "no version": (lambda d: d.pop("version"), ["version is None"]),
     "no shards": (lambda d: d.pop("shards"), ["damaged, shards is missing"]),
     "no classes": (lambda d: d.update(classes=[]), ["classes is empty"]),
@@ -123,8 +149,11 @@ BAD = {
     "offsets falling": (first_shard(offsets=[512, 0]), ["bad offsets"]),
     "offsets odd": (first_shard(offsets=[0, 513]), ["bad offsets"]),
     "offsets beyond the end": (first_shard(offsets=[0, 512 * 10**6]), ["bad offsets"]),
-    "offsets negative": (first_shard(offsets=[-512, 0]), ["damaged"]),
+    "offsets negative": (first_shard(offsets=[-512, 0]), ["bad offsets"]),
     "sizes flat": (first_shard(sizes=[1, 2]), ["1 sizes"]),
+    "chunks too few": (first_shard(chunks=[]), ["0 chunks for 1 x 8 samples"]),
+    "chunks no digests": (first_shard(chunks=["x"]), ["damaged"]),
+    "chunks too long": (first_shard(chunks=["f" * 17]), ["damaged"]),
     "sizes zero": (first_shard(sizes=[[0, 1], [1, 1]]), ["image sizes below 1"]),
 }
 

@@ -14,9 +14,9 @@ import pytest
 
 from convnext_yolo.data_prep import shard
 from convnext_yolo.data_prep.errors import DataError
-from convnext_yolo.data_prep.manifest import verify
 from convnext_yolo.data_prep.samples import encode_annotations
 from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.verify import verify
 
 # Real processes that import torch: seconds.
 process = pytest.mark.process

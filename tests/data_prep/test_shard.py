@@ -15,9 +15,10 @@ from PIL import Image
 
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.formats import ImageRecord, read_coco
-from convnext_yolo.data_prep.manifest import Manifest, verify
+from convnext_yolo.data_prep.manifest import Manifest
 from convnext_yolo.data_prep.samples import encode_annotations
 from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.verify import verify
 
 # Two processes that import torch: seconds.
 process = pytest.mark.process
