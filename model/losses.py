@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .assign import Targets, align_cells, match_anchors
+from .assign import Alignment, Targets, align_cells, match_anchors
 from .boxes import complete_iou, xyxy_to_cxcywh
 from .head import AlignedHead, AnchorHead
 
@@ -87,8 +87,10 @@ def _claim(objectness: Tensor, at: tuple[Tensor, ...], iou: Tensor) -> None:
 class AlignedCriterion(nn.Module):
     """Box = 1 - CIoU, dfl = distribution focal loss, cls = BCE against the alignment's quality.
 
-    Positives count by their quality, and all three are divided by the sum of qualities (Feng et
-    al., TOOD, 2021, section 3.2, with BCE for its focal loss as in YOLOv8).
+    The classes' loss is divided by the sum of qualities (Feng et al., TOOD, 2021, section 3.2, with
+    BCE for its focal loss as in YOLOv8). Box and dfl are means over an object's cells by their
+    quality, then over objects. TOOD sums them by quality: a large object has many good cells, so
+    the small ones hardly count (docs/benchmarks.md has what that costs).
 
     Args:
         box, cls, dfl: gains of the three losses.
@@ -123,11 +125,18 @@ class AlignedCriterion(nn.Module):
         at, truth = (found.image, found.cell), targets.boxes[found.target]
         centre, stride = centres[found.cell], strides[found.cell]
         iou = complete_iou(xyxy_to_cxcywh(boxes[at]), xyxy_to_cxcywh(truth))
-        box = ((1 - iou) * found.quality).sum() / total
+        share = quality_shares(found, len(targets.label)) / max(1, len(targets.label))
+        box = ((1 - iou) * share).sum()
         to_sides = torch.cat((centre - truth[:, :2], truth[:, 2:] - centre), dim=1)
         focal = distribution_focal_loss(distances[at], to_sides / stride)
-        dfl = (focal * found.quality).sum() / total
+        dfl = (focal * share).sum()
         return {"box": box * self.box_gain, "cls": cls * self.cls_gain, "dfl": dfl * self.dfl_gain}
+
+
+def quality_shares(found: Alignment, objects: int) -> Tensor:
+    """For each of K positives its share in the quality of all cells of its object, `[K]`."""
+    sums = found.quality.new_zeros(objects).scatter_add_(0, found.target, found.quality)
+    return found.quality / sums[found.target].clamp(min=1e-9)
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The assignment is taken as `align_cells` gives it; test_aligned_assign.py is about that.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from unittest import mock
 
@@ -69,7 +70,9 @@ def expected(
     ]
     wanted = [torch.zeros_like(level[..., 4 * BINS :]) for level in raw]
     box = dfl = torch.zeros((), dtype=torch.float64)
-    total = 0.0
+    total, of_object = 0.0, Counter[int]()
+    for number, quality in zip(found.target.tolist(), found.quality.tolist(), strict=True):
+        of_object[number] += quality
     for image, cell, number, quality in zip(*(f.tolist() for f in found), strict=True):
         level, row, column = places[cell]
         stride = 8 * 2**level
@@ -80,6 +83,7 @@ def expected(
         left, top, right, bottom = (sides.softmax(1) * torch.arange(BINS)).sum(1) * stride
         have = torch.stack((x - left, y - top, x + right, y + bottom))
         want = targets.boxes[number].double()
+        quality = quality / of_object[number] / len(targets.label)
         box = box + quality * complete_box_iou_loss(have, want)
         x1, y1, x2, y2 = want.tolist()
         distances = (x - x1, y - y1, x2 - x, y2 - y)
@@ -93,9 +97,9 @@ def expected(
         cross = quality * (-logits).exp().log1p() + (1 - quality) * logits.exp().log1p()
         cls = cls + cross.sum()
     return {
-        "box": box / total * GAINS["box"],
+        "box": box * GAINS["box"],
         "cls": cls / total * GAINS["cls"],
-        "dfl": dfl / total * GAINS["dfl"],
+        "dfl": dfl * GAINS["dfl"],
     }
 
 
