@@ -1,11 +1,12 @@
 """Checks that every annotation format shares: ids, file names, image files, boxes.
 
-Legend: M boxes of all images of a data set. Each check raises a DataError whose sentence begins
-with `where`: the file and the entry in it.
+Legend: M boxes of all images of a data set. A check of one entry raises a DataError whose sentence
+begins with `where`: the file and the entry in it. A check of many tells `Findings`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from collections import Counter
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, RefusedError
+from .findings import Findings
 
-# A box may cross the border by this much and is clipped: annotation tools count pixels from 0 or
-# from 1 and round. Further outside, the box or the image size is wrong, and nobody can tell which.
+# A box may cross the border by this much: annotation tools count pixels from 0 or from 1 and round.
+# Further outside, the box or the image size is wrong, and strict lets nobody guess which.
 BORDER_TOLERANCE_PX = 1.0
 # Below this, a box over the border is the rounding of x + w and not worth a count.
 _ROUNDING_PX = 0.01
@@ -57,7 +59,11 @@ def size_px(entry: dict[str, Any], key: str, where: str) -> int:
 
 
 def box_xywh(entry: dict[str, Any], where: str) -> list[float]:
-    """The four finite numbers under `bbox`."""
+    """The four finite numbers under `bbox`.
+
+    Raises:
+        RefusedError: there are no such four.
+    """
     box = entry.get("bbox")
     # The comparison is False for nan as well; and numpy would take strings for numbers.
     if (
@@ -66,10 +72,20 @@ def box_xywh(entry: dict[str, Any], where: str) -> list[float]:
         and all(type(v) in (int, float) and abs(v) < _COORDINATE_LIMIT_PX for v in box)
     ):
         return box
-    raise DataError(
+    raise RefusedError(
+        "box_values",
         f"{where}: {_found(entry, 'bbox')}; give four finite numbers x, y, width, height "
-        "in pixels, or remove the annotation."
+        "in pixels, or remove the annotation.",
     )
+
+
+def number_px(text: str | None) -> float:
+    """A coordinate from a text file; nan where it is none, or beyond reason."""
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return math.nan
+    return value if abs(value) < _COORDINATE_LIMIT_PX else math.nan
 
 
 def inside(file_name: Any, where: str) -> str:
@@ -93,25 +109,22 @@ def refuse_twice(values: Iterable[Hashable], what: str, path: Path) -> None:
         )
 
 
-def refuse_missing_files(names: list[str], folder: Path, path: Path) -> None:
-    """Refuse names that are not files in `folder`.
+def files_there(names: Iterable[str], folder: Path) -> list[bool]:
+    """Which names are files in `folder`.
 
     Each folder is listed once: 118,000 single look-ups take minutes on a network file system.
+
+    Raises:
+        DataError: a folder can't be listed.
     """
     listed: dict[str, set[str]] = {}
-    missing = []
+    found = []
     for name in names:
         parent, base = posixpath.split(name)
         if parent not in listed:
             listed[parent] = _files_in(folder / parent)
-        if base not in listed[parent]:
-            missing.append(name)
-    if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(
-            f"{path}: the image {shown(missing[0])}{others} is not in {folder}; "
-            "give the right image folder or take the image out of the annotations."
-        )
+        found.append(base in listed[parent])
+    return found
 
 
 def _files_in(folder: Path) -> set[str]:
@@ -127,48 +140,53 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def check_boxes(
-    boxes_xywh: np.ndarray, sizes_px: np.ndarray, where: Callable[[int], str]
-) -> tuple[np.ndarray, int]:
+    boxes_xywh: np.ndarray,
+    sizes_px: np.ndarray,
+    describe: Callable[[int], str],
+    findings: Findings,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Turn all boxes into xyxy inside their images.
 
     Args:
         boxes_xywh: [M, 4] float64, finite.
         sizes_px: [M, 2] float64, width and height of each box's image.
-        where: names box m for the sentence.
+        describe: names box m and its numbers, as the file gives them, for the sentence.
+        findings: is told of boxes without area, with a negative side, outside, and clipped.
 
     Returns:
-        boxes [M, 4] float32 xyxy, and how many crossed the border (by at most 1 px) and were
-        clipped to it.
-
-    Raises:
-        DataError: a box has a side <= 0, or lies more than 1 px outside its image.
+        boxes [M, 4] float32 xyxy; which of them can be used, [M] bool; and which of those were
+        cut by more than rounding (1 px), [M] bool.
     """
 
-    def refuse(bad: np.ndarray, what: Callable[[int], str], mend: str) -> None:
-        if bad.any():
-            m = int(bad.argmax())
-            others = f" (and {int(bad.sum()) - 1} more like it)" if bad.sum() > 1 else ""
-            numbers = ", ".join(f"{v:g}" for v in boxes_xywh[m])
-            raise DataError(f"{where(m)}: bbox [{numbers}] {what(m)}{others}; {mend}.")
+    def tell(kind: str, which: np.ndarray, what: Callable[[int], str], mend: str) -> None:
+        findings.add_all(
+            kind, np.flatnonzero(which).tolist(), lambda m: f"{describe(m)} {what(m)}; {mend}."
+        )
 
     def image(m: int) -> str:
         return f"the {sizes_px[m, 0]:.0f}x{sizes_px[m, 1]:.0f} image"
 
-    side = boxes_xywh[:, 2:].min(axis=1)
-    mend = "correct it (x, y, width, height) or remove the annotation"
-    refuse(side < 0, lambda m: "has a negative width or height", mend)
-    refuse(side == 0, lambda m: "has a width or height of zero", mend)
+    mend = "correct it or remove the annotation"
+    good = (boxes_xywh[:, 2:] != 0).all(axis=1)
+    tell("box_empty", ~good, lambda m: "has a width or height of zero", mend)
+    negative = good & (boxes_xywh[:, 2:] < 0).any(axis=1)
+    tell("box_negative", negative, lambda m: "has a negative width or height", mend)
+    good &= ~negative
 
     corners = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
-    outside = np.maximum(-corners[:, :2], corners[:, 2:] - sizes_px).max(axis=1)
-    refuse(
-        outside > BORDER_TOLERANCE_PX + 1e-6,
-        lambda m: f"reaches {outside[m]:.1f} px outside {image(m)}",
-        "correct the box or the image's width and height",
-    )
-    limit = np.concatenate([sizes_px, sizes_px], axis=1)
-    boxes_xyxy = np.clip(corners, 0, limit).astype(np.float32)
+    boxes_xyxy = np.clip(corners, 0, np.tile(sizes_px, 2)).astype(np.float32)
     # float32 as well as clipping can leave nothing: 1e-6 px at x = 600, or a box on the border.
-    empty = (boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)
-    refuse(empty, lambda m: f"has no area inside {image(m)}", mend)
-    return boxes_xyxy, int((outside > _ROUNDING_PX).sum())
+    empty = good & (boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)
+    tell("box_outside", empty, lambda m: f"has no area inside {image(m)}", mend)
+    good &= ~empty
+
+    outside_px = np.maximum(-corners[:, :2], corners[:, 2:] - sizes_px).max(axis=1, initial=-1)
+    cut = good & (outside_px > BORDER_TOLERANCE_PX + 1e-6)
+
+    def reach(m: int) -> str:
+        return f"reaches {outside_px[m]:.1f} px outside {image(m)}"
+
+    mend = "correct the box or the image's width and height"
+    tell("box_clipped", cut, reach, mend)
+    tell("box_rounded", good & ~cut & (outside_px > _ROUNDING_PX), reach, mend)
+    return boxes_xyxy, good, cut

@@ -1,14 +1,18 @@
-"""A look at an image file without decoding it: what it is, how large, and whether it ends."""
+"""A look at an image file: what it is, how large, whether it ends, and whether it decodes."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from .errors import DataError
-from .formats import ImageRecord
+from .decode import decode_image
+from .errors import RefusedError
+from .records import ImageRecord
 
 # MPO is a JPEG with further pictures behind it (phones, stereo cameras); decoders take the first.
 _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
@@ -17,63 +21,115 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED_BY_A_QUARTER = (5, 6, 7, 8)
 
 
-def image_extension(data: bytes, record: ImageRecord) -> str:
-    """The extension that fits the content: jpg, png, webp or bmp.
+def check_image(data: bytes, record: ImageRecord) -> str:
+    """Decode an image and compare it with its annotations.
+
+    What is stored counts: an EXIF orientation turns neither the picture nor its size.
 
     Args:
         data: the whole image file.
         record: what the annotations say of it.
 
+    Returns:
+        The extension that fits the content: jpg, png, webp or bmp.
+
     Raises:
-        DataError: the file is empty, cut short, no image, of another format, animated, too large
-            to decode, or not of the annotated size.
+        RefusedError: the file is empty, cut short, damaged, no image, of another format, animated,
+            too large to decode (over Pillow's limit of 179 million pixels), or not of the
+            annotated size.
     """
     path = record.path
-    if not data:
-        raise DataError(f"{path}: the image file is empty; fetch it again.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large or oddly tagged images: no concern here
-            with Image.open(io.BytesIO(data)) as image:
-                extension = _accepted(image.format, record)
-                if extension in ("png", "webp") and getattr(image, "is_animated", False):
-                    raise DataError(f"{path}: is an animation; convert it to a single picture.")
-                if image.size != (record.width, record.height):
-                    raise DataError(_size_sentence(image, record))
-                if extension == "bmp":  # not compressed: reading it all is a mere copy
-                    image.load()
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image; replace it or take it out.") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: has too many pixels to decode; make the image smaller.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: the image is damaged ({error}); fetch it again.") from None
+    with _opened(data, path) as image:
+        extension = _accepted(image, path)
+        if image.size != (record.width, record.height):
+            raise _wrong_size(image, record)
+        if extension == "bmp":  # OpenCV forgives missing rows; not compressed, so a mere copy
+            image.load()
     if _is_cut_short(data, extension):
-        raise DataError(f"{path}: the image is cut short at byte {len(data)}; fetch it again.")
+        raise _damaged(path, f"the image is cut short at byte {len(data)}")
+    try:
+        shape = decode_image(data).shape
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if shape != (record.height, record.width, 3):
+        raise _damaged(path, f"decodes to {shape[1]}x{shape[0]} px, its header says otherwise")
     return extension
 
 
-def _accepted(image_format: str | None, record: ImageRecord) -> str:
-    extension = _EXTENSION_OF_FORMAT.get(image_format or "")
+def stored_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file in pixels, as stored; only its header is read.
+
+    Raises:
+        RefusedError: no such file, no image, or one that `check_image` would refuse as well.
+    """
+    with _opened(path, path) as image:
+        _accepted(image, path)
+        return image.size
+
+
+def unreadable(path: Path, error: OSError) -> RefusedError:
+    """What to raise where an image file can't be opened or read."""
+    return RefusedError(
+        "image_missing", f"{path}: the image can't be read ({error.strerror}); restore it."
+    )
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | Path, path: Path) -> Iterator[Image.Image]:
+    """The image with its header read; whatever Pillow makes of a bad one ends in a sentence."""
+    if source == b"":
+        raise _damaged(path, "the image file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large or oddly tagged images: no concern here
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                yield image
+    except UnidentifiedImageError:
+        raise RefusedError(
+            "image_damaged", f"{path}: is not an image; replace it or take it out."
+        ) from None
+    except Image.DecompressionBombError:
+        raise RefusedError(
+            "image_too_large", f"{path}: has too many pixels to decode; make the image smaller."
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(source, Path) and isinstance(error, OSError) and error.errno:
+            raise unreadable(path, error) from None
+        raise _damaged(path, f"the image is damaged ({error})") from None
+
+
+def _damaged(path: Path, what: str) -> RefusedError:
+    return RefusedError("image_damaged", f"{path}: {what}; fetch it again.")
+
+
+def _accepted(image: Image.Image, path: Path) -> str:
+    extension = _EXTENSION_OF_FORMAT.get(image.format or "")
     if extension is None:
-        raise DataError(
-            f"{record.path}: is a {image_format} image; convert it to JPEG, PNG, WebP or BMP."
+        raise RefusedError(
+            "image_format",
+            f"{path}: is a {image.format} image; convert it to JPEG, PNG, WebP or BMP.",
+        )
+    if extension in ("png", "webp") and getattr(image, "is_animated", False):
+        raise RefusedError(
+            "image_animated", f"{path}: is an animation; convert it to a single picture."
         )
     return extension
 
 
-def _size_sentence(image: Image.Image, record: ImageRecord) -> str:
+def _wrong_size(image: Image.Image, record: ImageRecord) -> RefusedError:
     width, height = image.size
-    mend = "correct width and height in the annotations"
+    kind, mend = "image_size", "correct width and height in the annotations"
     orientation = image.getexif().get(_EXIF_ORIENTATION)
     if orientation in _TURNED_BY_A_QUARTER and image.size == (record.height, record.width):
+        kind = "image_turned"
         mend = (
             f"its EXIF orientation {orientation} turns it on display, so turn the stored pixels "
             "(`exiftran -ai`) or annotate them as stored"
         )
-    return (
+    return RefusedError(
+        kind,
         f"{record.path}: is {width}x{height} px, image {record.id} is annotated as "
-        f"{record.width}x{record.height}; {mend}."
+        f"{record.width}x{record.height}; {mend}.",
     )
 
 

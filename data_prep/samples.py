@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats import ImageRecord
+from .records import ImageRecord
 
 IMAGE_EXTENSIONS = ("bmp", "jpg", "png", "webp")
 

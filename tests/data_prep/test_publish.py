@@ -2,24 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from convnext_yolo.data_prep import shard
+from convnext_yolo.data_prep import tar_writer
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.samples import encode_annotations
 from convnext_yolo.data_prep.shard import write_shards
 from convnext_yolo.data_prep.verify import verify
-
-# Real processes that import torch: seconds.
-process = pytest.mark.process
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -103,25 +96,6 @@ def test_an_empty_folder_and_a_link_to_one_will_do(coco_files, tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.parametrize("exception", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interruption_leaves_nothing(coco_files, tmp_path, monkeypatch, exception):
-    calls = itertools.count()
-
-    def fail(record):
-        if next(calls) == 3:
-            raise exception
-        return encode_annotations(record)
-
-    dataset = coco_files.read()
-    monkeypatch.setattr(shard, "encode_annotations", fail)
-    expected = DataError if isinstance(exception, OSError) else exception
-    with pytest.raises(expected) as caught:
-        write_shards(dataset, tmp_path / "new" / "out", samples_per_shard=2, progress=False)
-    if expected is DataError:
-        assert "new/out: the shards can't be written (No space left on device)" in str(caught.value)
-    assert not (tmp_path / "new").exists()
-
-
 def test_what_a_killed_run_left_is_cleared(coco_files, tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
@@ -144,7 +118,7 @@ def test_two_runs_do_not_write_into_one_folder(coco_files, tmp_path, monkeypatch
                 write_shards(dataset, tmp_path / "out", **options)
         return encode_annotations(record)
 
-    monkeypatch.setattr(shard, "encode_annotations", second_run)
+    monkeypatch.setattr(tar_writer, "encode_annotations", second_run)
     write_shards(dataset, tmp_path / "out", **options)
     assert verify(tmp_path / "out", progress=False) == []
 
@@ -164,50 +138,3 @@ def test_an_image_that_vanished_after_reading(coco_files, tmp_path):
     with pytest.raises(DataError, match=r"b.jpg: the image can't be read \(No such file"):
         write_shards(dataset, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-
-
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from convnext_yolo.data_prep.formats import read_coco
-from convnext_yolo.data_prep.shard import write_shards
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    dataset = read_coco(folder / "instances.json", folder / "images")
-    dataset.images.extend(dataset.images * 2000)  # long enough to be interrupted
-    write_shards(dataset, Path(sys.argv[2]), samples_per_shard=1000, workers=2)
-"""
-
-
-@process
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_ended_leaves_no_output_and_no_process(coco_files, tmp_path, end):
-    coco_files.read()
-    script, output = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(coco_files.folder), str(output)]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out.partial/*.tar")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(run.pid, end) if end == signal.SIGINT else run.kill()
-    assert run.wait(60) != 0
-    assert not output.exists()
-    assert (tmp_path / "out.partial").exists() == (end == signal.SIGKILL)
-    while processes_of(run.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_of(run.pid) == []
-
-
-def processes_of(session: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, sid = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(sid) == session and state != "Z":
-            found.append(int(folder.name))
-    return found

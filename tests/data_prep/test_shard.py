@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,10 +15,11 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from convnext_yolo.data_prep.errors import DataError
-from convnext_yolo.data_prep.formats import ImageRecord, read_coco
+from convnext_yolo.data_prep.findings import Findings
+from convnext_yolo.data_prep.formats import DetectionDataset, ImageRecord, read_coco
 from convnext_yolo.data_prep.manifest import Manifest
 from convnext_yolo.data_prep.samples import encode_annotations
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset, write_shards
 from convnext_yolo.data_prep.verify import verify
 
 # Two processes that import torch: seconds.
@@ -112,8 +114,65 @@ def test_workers_do_not_change_the_bytes_and_fail_with_the_sentence(coco_files, 
 
     coco_files.image(2).write_bytes(b"GIF")
     with pytest.raises(DataError, match=r"c.png: is not an image"):
-        coco_files.shard(tmp_path / "new" / "three", workers=2)
+        coco_files.shard(tmp_path / "three", workers=2)
+    assert not (tmp_path / "three").exists()
+
+
+@process
+def test_workers_do_not_change_what_is_refused(coco_files, tmp_path):
+    """At the sizes that matter: several pieces of a shard, and several shards at once."""
+    dataset = coco_files.read()
+    coco_files.image(1).write_bytes(b"GIF")
+    coco_files.image(3).unlink()
+    images = [dataclasses.replace(dataset.images[i % 5], id=i) for i in range(300)]
+    dataset = DetectionDataset(dataset.categories, images)
+    for workers in (1, 2, 3):
+        options = {"samples_per_shard": 70, "workers": workers, "progress": False}
+        manifest, report = shard_dataset(dataset, tmp_path / str(workers), **options)
+        assert [entry.samples for entry in manifest.shards] == [42, 42, 42, 42, 12]
+        assert report.document["images"] == {"given": 300, "kept": 180}
+        counts = {p["kind"]: p["count"] for p in report.document["problems"]}
+        assert counts == {"image_missing": 60, "image_damaged": 60}
+        assert contents(tmp_path / str(workers)) == contents(tmp_path / "1")
+
+
+def test_a_shard_whose_images_are_all_refused_is_not_written(coco_files, tmp_path):
+    dataset = dataclasses.replace(coco_files.read(), findings=Findings())
+    for record in dataset.images[2:4]:
+        record.path.write_bytes(b"")
+    manifest, report = shard_dataset(dataset, tmp_path / "out", 2, progress=False)
+    assert [entry.name for entry in manifest.shards] == ["shard-000000.tar", "shard-000002.tar"]
+    assert verify(tmp_path / "out", progress=False) == []
+    assert shard_dataset(dataset, tmp_path / "out", 2, progress=False)[1] == report  # as it is
+
+    for record in dataset.images:
+        record.path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 5 images can be used; the first: .*is empty"):
+        shard_dataset(dataset, tmp_path / "new" / "out", progress=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_strict_does_not_take_an_output_with_refused_images(coco_files, tmp_path):
+    dataset = dataclasses.replace(coco_files.read(), findings=Findings())
+    dataset.images[0].path.write_bytes(b"")
+    shard_dataset(dataset, tmp_path / "out", progress=False)
+    strict = dataclasses.replace(dataset, findings=Findings(strict=True))
+    with pytest.raises(DataError, match="the image file is empty"):
+        shard_dataset(strict, tmp_path / "out", progress=False)
+
+
+def test_the_bytes_are_those_of_webdatasets_own_writer(coco_files, tmp_path):
+    from webdataset.writer import TarWriter
+
+    dataset = coco_files.read()
+    coco_files.shard(tmp_path / "out", samples_per_shard=5)
+    with TarWriter(str(tmp_path / "theirs.tar"), encoder=False, mtime=0, mode=0o444) as tar:
+        for record in dataset.images:
+            suffix = record.path.suffix[1:]
+            sample = {suffix: record.path.read_bytes(), "json": encode_annotations(record)}
+            tar.write({"__key__": f"{record.id:012d}", **sample})
+    ours = (tmp_path / "out" / "shard-000000.tar").read_bytes()
+    assert ours == (tmp_path / "theirs.tar").read_bytes()
 
 
 finite = st.floats(0, 2**20, width=32)
