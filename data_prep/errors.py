@@ -25,3 +25,19 @@ class CorruptSampleError(DataError):
             "then fetch or make the shard again"
         )
         self.shard, self.key, self.reason = shard, key, reason
+
+
+class RefusedError(DataError):
+    """One image or annotation can't be used; unless told to be strict, `shard` leaves it out.
+
+    Args:
+        kind: of `findings.KINDS`.
+        sentence: names file, field, value and mend.
+    """
+
+    def __init__(self, kind: str, sentence: str):
+        super().__init__(sentence)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # travels from worker processes
+        return type(self), (self.kind, str(self))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .formats import Category
+from .records import Category
 from .samples import sample_key
 
 MANIFEST_NAME = "manifest.json"
@@ -29,6 +29,7 @@ VERSION = 2
 CHUNK = 8  # samples
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")  # a plain name: no way out
 TAR_BLOCK_BYTES = 512
+_Bytes = bytes  # within `Manifest`, `bytes` is its size
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,12 @@ class ShardEntry:
         last = self.bytes if end >= self.samples else int(self.blocks[end]) * TAR_BLOCK_BYTES
         return int(self.blocks[start]) * TAR_BLOCK_BYTES, last
 
+    def length(self, within: int) -> int:
+        """How many bytes a sample takes, up to the next one or to the end of the shard."""
+        last = within + 1 == self.samples
+        end = self.bytes if last else int(self.blocks[within + 1]) * TAR_BLOCK_BYTES
+        return end - int(self.blocks[within]) * TAR_BLOCK_BYTES
+
     @property
     def keys(self) -> list[str]:
         """The samples' keys, made anew at each call: as strings they would take 70 bytes each."""
@@ -86,7 +93,9 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Read the manifest of a shard folder. The shards themselves are not looked at.
+        """Read the manifest of a shard folder on disk (`source.load_manifest`: at a URL too).
+
+        The shards themselves are not looked at.
 
         Raises:
             DataError: no such folder, no manifest in it, or one that is damaged or of another
@@ -98,7 +107,7 @@ class Manifest:
                 f"{folder}: no such shard folder; make it with `convnext-yolo shard --output`."
             )
         try:
-            document = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             what = "the folder is empty" if not any(path.parent.iterdir()) else "not a shard folder"
             raise DataError(
@@ -107,24 +116,35 @@ class Manifest:
             ) from None
         except OSError as error:
             raise DataError(f"{path}: can't be read: {error.strerror}.") from None
+        return Manifest.parse(content, str(path))
+
+    @staticmethod
+    def parse(content: _Bytes, where: str) -> Manifest:
+        """Read the bytes of a manifest that came from `where`.
+
+        Raises:
+            DataError: it is damaged or of another version.
+        """
+        try:
+            document = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"not valid JSON ({error})") from None
+            raise _damaged(where, f"not valid JSON ({error})") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise DataError(
-                f"{path}: the format is not {FORMAT!r}; give a folder that "
+                f"{where}: the format is not {FORMAT!r}; give a folder that "
                 "`convnext-yolo shard` made."
             )
         if document.get("version") != VERSION:
             raise DataError(
-                f"{path}: version is {document.get('version')!r}, this program reads {VERSION}; "
+                f"{where}: version is {document.get('version')!r}, this program reads {VERSION}; "
                 "update the program or make the shards again."
             )
         try:
             return _from_document(document)
         except KeyError as error:
-            raise _damaged(path, f"{error.args[0]} is missing") from None
+            raise _damaged(where, f"{error.args[0]} is missing") from None
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise _damaged(path, str(error)) from None
+            raise _damaged(where, str(error)) from None
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json`, whole or not at all; the same manifest gives the same bytes."""
@@ -137,7 +157,7 @@ class Manifest:
             "bytes": self.bytes,
             "fingerprint": self.fingerprint,
         }
-        shards = ",\n".join(json.dumps(_shard_document(entry)) for entry in self.shards)
+        shards = ",\n".join(json.dumps(shard_document(entry)) for entry in self.shards)
         text = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{shards}\n]\n}}\n'
         path = Path(folder) / MANIFEST_NAME
         temporary = path.with_name(path.name + ".tmp")
@@ -163,8 +183,8 @@ class Manifest:
         return problems
 
 
-def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"{path}: the manifest is damaged, {what}; fetch or make the shards again.")
+def _damaged(where: str, what: str) -> DataError:
+    return DataError(f"{where}: the manifest is damaged, {what}; fetch or make the shards again.")
 
 
 def _require(condition: bool, what: str) -> None:
@@ -175,7 +195,7 @@ def _require(condition: bool, what: str) -> None:
 def _from_document(document: dict[str, Any]) -> Manifest:
     classes = tuple(Category(int(c["id"]), str(c["name"])) for c in document["classes"])
     _require(len(classes) > 0, "classes is empty")
-    shards = tuple(_shard_entry(shard) for shard in document["shards"])
+    shards = tuple(shard_entry(shard) for shard in document["shards"])
     _require(len({entry.name for entry in shards}) == len(shards), "a shard is listed twice")
     manifest = Manifest(classes, int(document["boxes"]), str(document["fingerprint"]), shards)
     for key in ("samples", "bytes"):
@@ -185,7 +205,8 @@ def _from_document(document: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _shard_entry(shard: dict[str, Any]) -> ShardEntry:
+def shard_entry(shard: dict[str, Any]) -> ShardEntry:
+    """A shard's entry from its part of the manifest; KeyError, TypeError or ValueError if bad."""
     name = shard["name"]
     _require(bool(_SHARD_NAME.fullmatch(name)), f"{name!r} is not a shard's name")
     keys = shard["keys"]
@@ -227,7 +248,8 @@ def first_bytes(digest: hashlib._Hash) -> int:
     return int.from_bytes(digest.digest()[:8], "big")
 
 
-def _shard_document(entry: ShardEntry) -> dict[str, Any]:
+def shard_document(entry: ShardEntry) -> dict[str, Any]:
+    """A shard's part of the manifest."""
     return {
         "name": entry.name,
         "samples": entry.samples,

@@ -12,11 +12,10 @@ def _eval(commands: Commands) -> None:
         "--weights", type=Path, required=True, metavar="FILE|RUN", help="exported weights, or a run"
     )
     parser.add_argument(
-        "--data",
-        type=Path,
+        "--data",  # no Path: it would take a slash out of a URL
         required=True,
-        metavar="SHARDS|JSON",
-        help="shards, or COCO annotations",
+        metavar="SHARDS|URL|JSON",
+        help="shards, their URL (http, https, s3, gs), or COCO annotations",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="images, where --data is a JSON")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there")
@@ -29,10 +28,25 @@ def _eval(commands: Commands) -> None:
     )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="default 8")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes")
+    remote = parser.add_argument_group("where --data is a URL")
+    remote.add_argument(
+        "--cache", metavar="DIR", help="keep what is fetched; default ~/.cache/convnext-yolo"
+    )
+    remote.add_argument("--cache-gib", type=_above_zero, metavar="N", help="of it, default 50")
+    remote.add_argument(
+        "--patience-s",
+        type=_above_zero,
+        metavar="N",
+        help="how long the host may stay away before the command gives up, default 300",
+    )
 
     def run(options: argparse.Namespace) -> None:
+        from ..recipes.build import cache_options
+        from ..recipes.config import DataSection
         from ..recipes.evaluate import evaluate_command
 
+        names = ("cache", "cache_gib", "patience_s")
+        given = {name: getattr(options, name) for name in names if getattr(options, name)}
         evaluate_command(
             options.weights,
             options.data,
@@ -41,9 +55,21 @@ def _eval(commands: Commands) -> None:
             options.batch,
             options.workers,
             options.letterbox,
+            cache_options(DataSection(**given)),
         )
 
     parser.set_defaults(run_command=run)
+
+
+def _above_zero(text: str) -> float:
+    """The type of an amount."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _export(commands: Commands) -> None:

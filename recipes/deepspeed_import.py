@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data_prep.reader import ShardReader
+from ..data_prep.source import load_manifest
 from ..model.detector import build_detector, without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .build import architecture
@@ -226,7 +226,8 @@ def _describe(folder: Path, state: dict[str, Any], recipe: Recipe | None) -> Wei
     """Architecture, classes and frame: of the recipe, or as our runs put them there."""
     if recipe:
         classes = [
-            {"id": c.id, "name": c.name} for c in ShardReader(Path(recipe.data.train)).classes
+            {"id": c.id, "name": c.name}
+            for c in load_manifest(recipe.data.train, recipe.data.patience_s).classes
         ]
         own: dict[str, Any] = {
             "architecture": architecture(recipe, len(classes)),

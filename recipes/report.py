@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..data_prep.reader import Sample, SampleReader, ShardReader
 from ..model.postprocess import Detections
 from ..model.predictor import Predictor
+from .build import cache_options
 from .curves import History, draw_curves
 from .figures import COLOURS, INK, colour_of, open_figure, plain
 from .figures import ReportError as ReportError
@@ -45,7 +46,8 @@ def report(runs: Sequence[Path], output: Path) -> list[Path]:
             )
             continue
         suffix = "" if len(runs) == 1 else "-" + history.name.strip("/").replace("/", "-")
-        reader = ShardReader(Path(load_recipe([run / "recipe.yaml"]).data.val))
+        data = load_recipe([run / "recipe.yaml"]).data
+        reader = ShardReader(data.val, cache_options(data))
         figures.append(draw_predictions(weights, reader, output / f"predictions{suffix}.png"))
     return figures
 

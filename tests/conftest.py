@@ -2,7 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,50 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("needs ../shared/data, which is not part of the project")
     return path
+
+
+class ShardServer:
+    """A process that serves folders of shards, `url(name)`, over "http" or "s3"."""
+
+    def __init__(self, kind: str, folder: Path):
+        self.kind, self.folder = kind, folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.start()
+
+    def url(self, name: str) -> str:
+        host = "s3://bucket" if self.kind == "s3" else f"http://127.0.0.1:{self.port}"
+        return f"{host}/{name}"
+
+    def start(self) -> None:
+        """Starts it, also after a kill; it serves when this returns."""
+        script = str(Path(__file__).with_name("serve_shards.py"))
+        words = [sys.executable, script, self.kind, str(self.port), str(self.folder)]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        with self.process.stdout as output:  # it says nothing more
+            assert output.readline() == "serving\n"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def serve_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ShardServer]]:
+    """Starts servers, `serve_shards("s3", folder)`; for s3 the environment says where it is."""
+    servers: list[ShardServer] = []
+
+    def serve(kind: str, folder: Path) -> ShardServer:
+        servers.append(ShardServer(kind, folder))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{servers[-1].port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.kill()
