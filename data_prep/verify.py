@@ -1,32 +1,93 @@
-"""`verify`: reads shards again and says what is not as their manifest has it."""
+"""`verify`: reads shards again and says what is not as their manifest has it.
+
+Shards are dealt to worker processes; the answer is put together in the manifest's order, so it
+does not depend on them.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .manifest import MANIFEST_NAME, Manifest, ShardEntry
-from .samples import check_sample, read_samples
+from .errors import DataError
+from .manifest import MANIFEST_NAME, Manifest
+from .verify_shard import Found, ShardJob, verify_shard
 
-_PROBLEMS_PER_SHARD = 5  # one shifted byte makes every sample of a shard wrong
+# Below this one process has read everything before others have started; decoding takes longer.
+_SMALL_BYTES, _SMALL_IMAGE_BYTES = 256 << 20, 16 << 20
+_LOOK_S = 0.1  # between two looks at how far the workers are
+_MAX_WORKERS = 4  # unless told otherwise: more of them only wait for the disk
 
 
-def verify(folder: Path, progress: bool = True) -> list[str]:
+def verify(
+    folder: Path, workers: int | None = None, images: bool = False, progress: bool = True
+) -> list[str]:
     """Hash and read every shard again and compare with the manifest.
 
+    A script that calls this for a large folder, or with workers, needs the usual
+    `if __name__ == "__main__":` guard, because the worker processes import it.
+
+    Args:
+        folder: of the shards; files that are not shards are left alone.
+        workers: processes; None: up to four, and one for a small folder.
+        images: decode every picture as training does and compare its size.
+        progress: show a bar over the bytes on stderr if it takes longer.
+
     Returns:
-        One sentence per problem; empty if all is well.
+        One sentence per problem, in the order of the shards; empty if all is well.
 
     Raises:
-        DataError: there is no manifest to compare with (see `Manifest.load`).
+        DataError: there is no manifest to compare with (see `Manifest.load`), or a worker process
+            was killed.
     """
     from tqdm import tqdm
 
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    jobs = [
+        ShardJob(folder / entry.name, entry, len(manifest.classes), images)
+        for entry in manifest.shards
+    ]
+    if workers is None:
+        is_small = manifest.bytes < (_SMALL_IMAGE_BYTES if images else _SMALL_BYTES)
+        workers = 1 if is_small else min(_MAX_WORKERS, os.cpu_count() or 1)
+    bar = tqdm(
+        total=manifest.bytes,
+        desc="verify",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not progress,
+    )
+    with bar:
+        if min(workers, len(jobs)) == 1:
+            found = [verify_shard(job, bar.update) for job in jobs]
+        else:
+            found = _in_processes(jobs, min(workers, len(jobs)), bar.update)
+    problems = _folder_problems(folder, manifest)
+    problems += itertools.chain.from_iterable(shard.problems for shard in found)
+    boxes = sum(shard.boxes for shard in found)
+    if not problems and boxes != manifest.boxes:
+        problems.append(
+            f"{folder / MANIFEST_NAME}: boxes is {manifest.boxes} but the shards hold {boxes}; "
+            "make the shards again."
+        )
+    return problems
+
+
+def _folder_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the shards together."""
     names = {entry.name for entry in manifest.shards}
     problems = [
         f"{path}: the manifest doesn't list this shard; remove it or make the shards again."
@@ -36,69 +97,91 @@ def verify(folder: Path, progress: bool = True) -> list[str]:
     ids = np.concatenate([entry.image_ids for entry in manifest.shards])
     if len(np.unique(ids)) != len(ids):
         problems.append(f"{folder}: an image is in two samples; make the shards again.")
-    boxes = 0
-    bar = tqdm(total=manifest.bytes, unit="B", unit_scale=True, delay=1, disable=not progress)
-    with bar:
-        for entry in manifest.shards:
-            found, boxes_read = _verify_shard(folder / entry.name, entry, len(manifest.classes))
-            more = len(found) - _PROBLEMS_PER_SHARD
-            problems += found[:_PROBLEMS_PER_SHARD]
-            if more > 0:
-                problems.append(f"{folder / entry.name}: {more} more problems like these.")
-            boxes += boxes_read
-            bar.update(entry.bytes)
-    if not problems and boxes != manifest.boxes:
-        problems.append(
-            f"{folder / MANIFEST_NAME}: boxes is {manifest.boxes} but the shards hold {boxes}; "
-            "make the shards again."
-        )
     return problems
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+# Of a worker process: the bytes read of each shard. Shared memory without a lock, which a process
+# that is killed would leave closed.
+_done_bytes: Any = None
 
 
-def _verify_shard(path: Path, entry: ShardEntry, class_count: int) -> tuple[list[str], int]:
-    """All that is wrong with one shard, and how many boxes it holds."""
-    again = "fetch or make the shard again"
+def _in_processes(jobs: list[ShardJob], workers: int, update: Callable[[int], Any]) -> list[Found]:
+    """All shards, `workers` at a time; in the order of the jobs."""
+    # A clean process imports what all need, once.
+    context = multiprocessing.get_context("forkserver")
+    decoder = [f"{__package__}.decode"] if jobs[0].images else []
+    context.set_forkserver_preload([__name__, *decoder])
+    done_bytes = context.RawArray("q", len(jobs))
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(done_bytes,)
+    )
+    shown = 0
     try:
-        size, digest = path.stat().st_size, _sha256(path)
-    except FileNotFoundError:
-        return [f"{path}: the shard is missing; {again}."], 0
-    except OSError as error:
-        return [f"{path}: can't be read ({error.strerror}); make it readable."], 0
-    problems = []
-    if size != entry.bytes:
-        problems.append(f"{path}: has {size} bytes, the manifest says {entry.bytes}; {again}.")
-    if digest != entry.sha256:
-        problems.append(
-            f"{path}: sha256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…; {again}."
-        )
-    expected = zip(entry.keys, entry.offsets.tolist(), entry.sizes.tolist(), strict=True)
-    count = boxes = 0
+        with _held_signals():
+            futures = [pool.submit(_work, i, job) for i, job in enumerate(jobs)]
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # an exception ends all
+            now = sum(done_bytes)
+            update(now - shown)
+            shown = now
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise DataError(
+            "A process that read shards was killed (out of memory?); give fewer workers."
+        ) from None
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # or each reads its shard to the end
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Ctrl-C and a kill wait until the workers are there: half-started, they could not be ended.
+
+    Workers inherit the mask: Ctrl-C is for the parent alone, which stops them.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere nothing interrupts
+        # Masked here, a signal still comes through another thread, numpy's for one.
+        before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
-        for key, offset, members in read_samples(path):
-            count += 1
-            key_listed, offset_listed, (width, height) = next(expected, ("", 0, (0, 0)))
-            if (key, offset) != (key_listed, offset_listed):
-                listed = f"{key_listed} at {offset_listed}" if key_listed else "nothing more"
-                problems.append(
-                    f"{path}: holds {key} at byte {offset}, the manifest says {listed}; {again}."
-                )
-                continue
-            problem, boxes_here = check_sample(members, int(key), (width, height), class_count)
-            if problem:
-                problems.append(f"{path}: sample {key} {problem}; {again}.")
-            boxes += boxes_here
-    except (tarfile.TarError, OSError, ValueError) as error:
-        problems.append(f"{path}: the tar is broken after {count} samples ({error}); {again}.")
-    if count != entry.samples:
-        problems.append(
-            f"{path}: {count} samples can be read, the manifest says {entry.samples}; {again}."
-        )
-    return problems, boxes
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for signal_number in came:
+        signal.raise_signal(signal_number)
+
+
+def _start_worker(done_bytes: Any) -> None:
+    """Ignore Ctrl-C wherever the process came from; end when killed, and with the parent."""
+    global _done_bytes
+    _done_bytes = done_bytes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _work(index: int, job: ShardJob) -> Found:
+    def advance(count: int) -> None:
+        _done_bytes[index] += count
+
+    return verify_shard(job, advance)
