@@ -8,130 +8,63 @@ there are: world size and worker count change who makes a sample, never the samp
 
 The position is one integer, the number of global batches done. All randomness of a sample is
 keyed by (seed, epoch, its index in the epoch). The ragged end of an epoch, fewer samples than a
-global batch, is dropped; the next permutation drops others.
+global batch, is dropped; the next permutation drops others. A corrupt sample is replaced by the
+next one in the shards that is not, wherever it is met.
+
+With `on_device` the workers only decode, and the rank composes on its training device (`device`):
+the same numbers, boxes and pictures, and most of the work gone from the cores.
 
 G global batch, m micro-batch, S steps an epoch, N boxes.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .augment import Augmentation, Picture, augment
-from .errors import DataError
-from .reader import ShardReader
-from .workers import load
+from .augment import Augmentation, Draw, Layout, Picture, place_boxes, render
+from .batch import Corrupt, Part, Place
+from .errors import CorruptSampleError, DataError
+from .order import WINDOW, EpochOrder
+from .reader import Sample, ShardReader
+from .ring import FrameRing
 
-BLOCK = 8  # neighbouring samples that a lane reads one after the other
-WINDOW = 8  # decoded pictures that a lane keeps for its mosaics
+SUBSTITUTES = 64  # corrupt samples in a row that are put down to bad luck
 
-# Scales a picture [H, W, 3] into a frame and tells where it lies there: `model.letterbox`,
-# passed in because rooms do not import each other.
-Letterbox = Callable[..., tuple[np.ndarray, Any]]
+# Scales a picture [H, W, 3] to fit a frame and tells by how much: `model.letterbox.fit`, passed in
+# because rooms do not import each other.
+Fit = Callable[[np.ndarray, int, int], tuple[np.ndarray, float]]
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The annotations of one picture in its own pixels, crowds included. N boxes."""
+class Kept:
+    """A decoded picture in a lane's window."""
 
+    picture: Picture
     image_id: int
-    width_px: int
-    height_px: int
-    boxes_xyxy: np.ndarray  # [N, 4]
-    labels: np.ndarray  # [N]
-    crowd: np.ndarray  # [N] bool
-    area: np.ndarray  # [N]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch. B pictures of one size, N boxes in all."""
-
-    images: Tensor  # [B, H, W, 3] uint8; the device permutes it to channels first
-    image_index: Tensor  # [N] int64, which picture a box belongs to
-    labels: Tensor  # [N] int64, class index
-    boxes_xyxy: Tensor  # [N, 4] float32, pixels of the frame
-    image_ids: tuple[int, ...]  # [B], as in the annotations
-    # Validation only: where each picture lies in its frame, and its annotations as they are.
-    frames: tuple[Any, ...] = ()  # [B]
-    truth: tuple[Truth, ...] = ()  # [B]
-
-
-def collate(pictures: Sequence[Picture], image_ids: Sequence[int]) -> Batch:
-    """Joins pictures of one size into a micro-batch."""
-    return Batch(
-        images=torch.from_numpy(np.stack([p.image for p in pictures])),
-        image_index=torch.from_numpy(
-            np.repeat(np.arange(len(pictures)), [len(p.labels) for p in pictures])
-        ),
-        labels=torch.from_numpy(np.concatenate([p.labels for p in pictures])),
-        boxes_xyxy=torch.from_numpy(np.concatenate([p.boxes_xyxy for p in pictures])),
-        image_ids=tuple(image_ids),
-    )
-
-
-class EpochOrder:
-    """The order of an epoch, dealt to the lanes: a pure function of size, seed and epoch."""
-
-    def __init__(self, samples: int, global_batch: int, seed: int):
-        if samples < global_batch:
-            raise DataError(
-                f"batch.global is {global_batch}, but the training shards hold {samples} samples; "
-                "take a global batch of at most that"
-            )
-        self.samples, self.global_batch, self.seed = samples, global_batch, seed
-        self.steps = samples // global_batch
-        self._cached: dict[int, np.ndarray] = {}
-
-    def lane(self, lane: int, step: int) -> int:
-        """The position of the sample that lane `lane` yields at global step `step`.
-
-        Steps below zero are those of epochs before the first: they fill the first windows.
-        """
-        epoch, within = divmod(step, self.steps)
-        return int(self._dealt(epoch)[lane, within])
-
-    def _dealt(self, epoch: int) -> np.ndarray:
-        """`[G, S]` positions."""
-        if epoch not in self._cached:
-            # Seeds must not be negative. Epochs are, down to where the first windows begin.
-            rng = np.random.default_rng((self.seed, (epoch + 1) % 2**32))
-            # Blocks start at another offset each epoch, so neighbours are not always the same.
-            edges = np.arange(rng.integers(BLOCK), self.samples, BLOCK)
-            blocks = np.split(np.arange(self.samples, dtype=np.int32), edges)
-            order = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
-            dealt = order[: self.global_batch * self.steps].reshape(self.global_batch, self.steps)
-            if len(self._cached) == 2:  # a window reaches from one epoch into the one before
-                del self._cached[next(iter(self._cached))]
-            self._cached[epoch] = dealt
-        return self._cached[epoch]
 
 
 class Lane:
-    """One slot of the global batch: its pictures in order, and its window of the last ones."""
+    """One slot of the global batch: its pictures by step, and its window of the last ones.
 
-    def __init__(self, lane: int, order: EpochOrder, decode: Callable[[int], tuple[Picture, int]]):
+    Pictures from before the first step of a run are decoded when a mosaic takes them.
+    """
+
+    def __init__(self, lane: int, order: EpochOrder, decode: Callable[[int], Kept]):
         self.lane, self.order, self.decode = lane, order, decode
-        self.window: deque[Picture] = deque(maxlen=WINDOW)
-        self.next_step: int | None = None
+        self.window: dict[int, Kept] = {}
 
-    def at(self, step: int) -> tuple[Picture, int, list[Picture]]:
-        """The picture of a step, its image id, and the pictures of the steps before."""
-        if self.next_step != step:  # the start of a run or a resume: refill the window
-            self.window.clear()
-            for before in range(step - WINDOW, step):
-                self.window.append(self.decode(self.order.lane(self.lane, before))[0])
-        primary, image_id = self.decode(self.order.lane(self.lane, step))
-        partners = list(self.window)
-        self.window.append(primary)
-        self.next_step = step + 1
-        return primary, image_id, partners
+    def at(self, step: int) -> Kept:
+        """The picture of a step, that of the sample being made or one at most `WINDOW` before."""
+        if step not in self.window:
+            self.window[step] = self.decode(self.order.lane(self.lane, step))
+        return self.window[step]
+
+    def forget_before(self, step: int) -> None:
+        """Drops what no later sample can take."""
+        for old in [s for s in self.window if s < step - WINDOW]:
+            del self.window[old]
 
 
 @dataclass(frozen=True)
@@ -154,11 +87,32 @@ class BatchPlan:
         return range(first, first + self.micro_batch)
 
 
-class TrainStream(IterableDataset[Batch]):
-    """Yields this rank's training micro-batches from a global step on, without end.
+@dataclass(frozen=True)
+class Made:
+    """A sample all but its pixels."""
 
-    Under a DataLoader with workers each item is the part of a micro-batch that one worker owns;
-    `training_batches` joins them.
+    pictures: tuple[Picture, ...]
+    layout: Layout
+    boxes_xyxy: np.ndarray  # [N, 4] float32, pixels of the frame
+    labels: np.ndarray  # [N] int64
+    image_id: int
+
+
+class TrainStream(IterableDataset[Part]):
+    """Yields the parts of this rank's training micro-batches from a global step on, without end.
+
+    Under a DataLoader with workers each item is the part that one worker owns, else all of it;
+    `loader.training_batches` makes batches of them.
+
+    Args:
+        reader: the training shards.
+        plan: which lanes are this rank's.
+        seed: of order and augmentation.
+        start_step: global batches done.
+        frame_px: height and width of a sample.
+        augmentation_at: strengths by global step.
+        fit: makes a picture smaller.
+        on_device: whether parts hold decoded pictures, from which a device composes.
     """
 
     def __init__(
@@ -169,80 +123,132 @@ class TrainStream(IterableDataset[Batch]):
         start_step: int,
         frame_px: tuple[int, int],
         augmentation_at: Callable[[int], Augmentation],
-        letterbox: Letterbox,
+        fit: Fit,
+        on_device: bool = False,
     ):
         self.reader, self.plan, self.seed, self.start_step = reader, plan, seed, start_step
-        self.frame_px, self.augmentation_at, self.letterbox = frame_px, augmentation_at, letterbox
+        self.frame_px, self.augmentation_at, self.fit = frame_px, augmentation_at, fit
+        self.on_device = on_device
         self.order = EpochOrder(len(reader), plan.global_batch, seed)
+        self.ring: FrameRing | None = None  # set by the loader, before workers start
+        self._bad: set[int] = set()  # positions of corrupt samples, as far as known here
+        self._corrupt: list[Corrupt] = []  # since the last part
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Part]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
+        sent: set[Place] = set()
         step = self.start_step
         while True:
             for turn in range(self.plan.accumulation):
-                part = []
-                for j in self.plan.lanes(turn)[first::stride]:
-                    lane = lanes.setdefault(j, Lane(j, self.order, self._decode))
-                    part.append(self._sample(lane, step))
-                yield collate([p for p, _ in part], [i for _, i in part])
+                own = self.plan.lanes(turn)[first::stride]
+                if self.on_device:
+                    yield self._pictures(own, step, sent)
+                else:
+                    for j in own:
+                        lanes.setdefault(j, Lane(j, self.order, self.decode)).forget_before(step)
+                    yield self._samples([self.make(j, step, lanes[j].at) for j in own])
             step += 1
 
-    def _decode(self, position: int) -> tuple[Picture, int]:
-        """A picture scaled to the frame, without the grey around it."""
-        sample = self.reader.decode(position)
-        framed, where = self.letterbox(sample.image, *self.frame_px)
-        boxes = where.to_input(sample.boxes_xyxy)
-        left, top = where.left_px, where.top_px
-        height, width = (round(side * where.scale) for side in sample.image.shape[:2])
-        image = framed[top : top + max(1, height), left : left + max(1, width)]
+    def decode(self, position: int, out: np.ndarray | None = None) -> Kept:
+        """A picture, made smaller where it is larger than the frame.
+
+        Args:
+            position: in the shards.
+            out: bytes for the picture's pixels, if they fit; else they are elsewhere.
+        """
+        sample = self._readable(position, out)
+        image, scale = sample.image, 1.0
+        if image.shape[0] > self.frame_px[0] or image.shape[1] > self.frame_px[1]:
+            image, scale = self.fit(image, *self.frame_px)
         # A crowd box marks many objects at once: it is no target, only a mercy in evaluation.
         keep = ~sample.crowd
-        boxes = (boxes - np.array([left, top] * 2, np.float32))[keep]
-        return Picture(image, boxes, sample.labels[keep]), sample.image_id
+        boxes = (sample.boxes_xyxy[keep] * scale).astype(np.float32)
+        return Kept(Picture(image, boxes, sample.labels[keep]), sample.image_id)
 
-    def _sample(self, lane: Lane, step: int) -> tuple[Picture, int]:
-        primary, image_id, partners = lane.at(step)
+    def _readable(self, position: int, out: np.ndarray | None) -> Sample:
+        """The sample there, or the first one behind it that is not corrupt."""
+        last: CorruptSampleError | str = "known from before"
+        for behind in range(SUBSTITUTES):
+            candidate = (position + behind) % len(self.reader)
+            if candidate in self._bad:
+                continue
+            try:
+                return self.reader.decode(candidate, out)
+            except CorruptSampleError as error:
+                self._bad.add(candidate)
+                self._corrupt.append(Corrupt(error.shard, error.key, error.reason))
+                last = error
+        raise DataError(f"{SUBSTITUTES} samples in a row can't be used, the last one: {last}")
+
+    def draw(self, lane: int, step: int) -> Draw:
+        """The random numbers of a sample."""
         epoch, within = divmod(step, self.order.steps)
-        index = within * self.plan.global_batch + lane.lane
+        index = within * self.plan.global_batch + lane
         rng = np.random.default_rng((self.seed, epoch, index))
-        picture = augment(primary, partners, *self.frame_px, self.augmentation_at(step), rng)
-        return picture, image_id
+        return Draw(self.augmentation_at(step), WINDOW, rng)
+
+    def make(self, lane: int, step: int, kept_at: Callable[[int], Kept]) -> Made:
+        """Everything about a sample but its pixels, given its lane's pictures by step."""
+        draw = self.draw(lane, step)
+        kept = [kept_at(s) for s in (step, *_partner_steps(draw, step))]
+        pictures = tuple(k.picture for k in kept)
+        layout = draw.layout([picture.image.shape[:2] for picture in pictures], self.frame_px)
+        boxes, labels = place_boxes(layout, pictures, self.frame_px)
+        return Made(pictures, layout, boxes, labels, kept[0].image_id)
+
+    def _samples(self, made: list[Made]) -> Part:
+        """Finished samples."""
+        pixels, is_shared = self._pixels(len(made))
+        for out, sample in zip(pixels, made, strict=True):
+            render(sample.layout, [p.image for p in sample.pictures], self.frame_px, out)
+        return Part(
+            boxes_xyxy=[sample.boxes_xyxy for sample in made],
+            labels=[sample.labels for sample in made],
+            image_ids=[sample.image_id for sample in made],
+            corrupt=self._take_corrupt(),
+            pixels=None if is_shared else pixels,
+        )
+
+    def _pictures(self, lanes: range, step: int, sent: set[Place]) -> Part:
+        """The decoded pictures that samples of these lanes need and the device does not have."""
+        places = [(lane, step) for lane in lanes]
+        if step < self.start_step + WINDOW:
+            # Later the windows hold nothing from before the start.
+            for lane in lanes:
+                older = {s for s in _partner_steps(self.draw(lane, step), step)}
+                new = {(lane, s) for s in older if s < self.start_step} - sent
+                places += sorted(new)
+                sent |= new
+        pixels, is_shared = self._pixels(len(places))
+        kept = []
+        for (lane, at), frame in zip(places, pixels.reshape(len(places), -1), strict=True):
+            kept.append(self.decode(self.order.lane(lane, at), out=frame))
+            image = kept[-1].picture.image
+            if not np.shares_memory(image, frame):
+                frame[: image.size] = image.ravel()
+        return Part(
+            boxes_xyxy=[k.picture.boxes_xyxy for k in kept],
+            labels=[k.picture.labels for k in kept],
+            image_ids=[k.image_id for k in kept],
+            corrupt=self._take_corrupt(),
+            pixels=None if is_shared else pixels,
+            places=tuple(places),
+            sizes=tuple(k.picture.image.shape[:2] for k in kept),
+        )
+
+    def _pixels(self, frames: int) -> tuple[np.ndarray, bool]:
+        """Memory for a part's pixels `[frames, H, W, 3]`, and whether the rank sees it too."""
+        shared = self.ring.next_slot(frames) if self.ring and get_worker_info() else None
+        if shared is not None:
+            return shared, True
+        return np.empty((frames, *self.frame_px, 3), np.uint8), False
+
+    def _take_corrupt(self) -> tuple[Corrupt, ...]:
+        corrupt, self._corrupt = tuple(self._corrupt), []
+        return corrupt
 
 
-def training_batches(stream: TrainStream, workers: int) -> Iterator[Batch]:
-    """Iterates whole micro-batches of this rank, made by `workers` processes (0: by this one)."""
-    workers = min(workers, stream.plan.micro_batch)
-    pin = torch.cuda.is_available()
-    parts = load(stream, workers, batch_size=None)
-    while True:
-        # The loader takes one part from each worker in turn, so `workers` parts are one batch.
-        yield _interleave([next(parts) for _ in range(max(1, workers))], pin)
-
-
-def _interleave(parts: Sequence[Batch], pin: bool) -> Batch:
-    """Part i holds slots i, i + n, i + 2n, … of the micro-batch.
-
-    Pinned, the pixels go to a GPU while it works. The loader's own pinning does not see into a
-    `Batch`, and its parts are not the micro-batch yet.
-    """
-    n = len(parts)
-    if n == 1 and not pin:
-        return parts[0]
-    size = sum(len(part.images) for part in parts)
-    shape = (size, *parts[0].images.shape[1:])
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-    ids = [0] * size
-    for i, part in enumerate(parts):
-        images[i::n] = part.images
-        ids[i::n] = part.image_ids
-    index = torch.cat([part.image_index * n + i for i, part in enumerate(parts)])
-    order = torch.argsort(index, stable=True)
-    return Batch(
-        images=images,
-        image_index=index[order],
-        labels=torch.cat([part.labels for part in parts])[order],
-        boxes_xyxy=torch.cat([part.boxes_xyxy for part in parts])[order],
-        image_ids=tuple(ids),
-    )
+def _partner_steps(draw: Draw, step: int) -> list[int]:
+    return [step - WINDOW + i for i in draw.partners] if draw.is_mosaic else []

@@ -7,26 +7,47 @@ numbers are measured, and less grey to compute.
 n pictures, N boxes.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
-from .augment import Picture
-from .reader import SampleReader
-from .stream import Batch, Letterbox, Truth, collate
+from .augment import FILL
+from .batch import Batch, Corrupt, Truth, make_batch
+from .errors import CorruptSampleError
+from .reader import Sample, SampleReader
 from .workers import load
 
 # Positions of the pictures of a batch, and height and width of their frame.
 FramedBatch = tuple[list[int], tuple[int, int]]
 
+# Scales a picture [H, W, 3] into a frame and tells where it lies there: `model.letterbox`,
+# passed in because rooms do not import each other.
+Letterbox = Callable[..., tuple[np.ndarray, Any]]
+
 STRIDE_PX = 32  # a frame's sides are multiples of the detectors' largest stride
 
 
-class ValidationSet(Dataset[tuple[Picture, Any, Truth]]):
-    """Pictures in frames of one size. Ranks may differ by one picture."""
+@dataclass(frozen=True)
+class Framed:
+    """One validation picture. N boxes, crowds left out."""
+
+    image: np.ndarray  # [H, W, 3] uint8, the frame
+    where: Any  # the picture lies in it
+    boxes_xyxy: np.ndarray  # [N, 4] float32, pixels of the frame
+    labels: np.ndarray  # [N]
+    truth: Truth
+    corrupt: Corrupt | None
+
+
+class ValidationSet(Dataset[Framed]):
+    """Pictures in frames of one size. Ranks may differ by one picture.
+
+    A corrupt one is a grey frame without objects, so that every rank sees as many as it expects.
+    """
 
     def __init__(
         self,
@@ -42,11 +63,14 @@ class ValidationSet(Dataset[tuple[Picture, Any, Truth]]):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, i: int) -> tuple[Picture, Any, Truth]:
-        sample = self.reader.decode(int(self.positions[i]))
+    def __getitem__(self, i: int) -> Framed:
+        try:
+            sample, corrupt = self.reader.decode(int(self.positions[i])), None
+        except CorruptSampleError as error:
+            sample = _nothing(int(error.key))
+            corrupt = Corrupt(error.shard, error.key, error.reason)
         image, where = self.framed(i, sample.image)
         keep = ~sample.crowd
-        picture = Picture(image, where.to_input(sample.boxes_xyxy[keep]), sample.labels[keep])
         height, width = sample.image.shape[:2]
         truth = Truth(
             sample.image_id,
@@ -57,11 +81,19 @@ class ValidationSet(Dataset[tuple[Picture, Any, Truth]]):
             sample.crowd,
             sample.area,
         )
-        return picture, where, truth
+        boxes = where.to_input(sample.boxes_xyxy[keep])
+        return Framed(image, where, boxes, sample.labels[keep], truth, corrupt)
 
     def framed(self, i: int, image: np.ndarray) -> tuple[np.ndarray, Any]:
         """The i-th picture in its frame, and where it lies there."""
         return self.letterbox(image, *self.frame_px)
+
+
+def _nothing(image_id: int) -> Sample:
+    """What stands for a picture that can't be read."""
+    none = np.zeros(0, np.float32)
+    grey = np.full((STRIDE_PX, STRIDE_PX, 3), FILL, np.uint8)
+    return Sample(grey, none.reshape(0, 4), none.astype(int), none.astype(bool), none, image_id)
 
 
 class RectangularSet(ValidationSet):
@@ -141,7 +173,13 @@ def validation_batches(data: ValidationSet, batch: int, workers: int) -> Iterato
     return load(data, workers, batch_size=batch, collate_fn=_collate)
 
 
-def _collate(items: Sequence[tuple[Picture, Any, Truth]]) -> Batch:
-    pictures, frames, truth = zip(*items, strict=True)
-    batch = collate(pictures, [t.image_id for t in truth])
-    return replace(batch, frames=tuple(frames), truth=tuple(truth))
+def _collate(items: Sequence[Framed]) -> Batch:
+    return make_batch(
+        torch.from_numpy(np.stack([item.image for item in items])),
+        [item.boxes_xyxy for item in items],
+        [item.labels for item in items],
+        [item.truth.image_id for item in items],
+        corrupt=tuple(item.corrupt for item in items if item.corrupt),
+        frames=tuple(item.where for item in items),
+        truth=tuple(item.truth for item in items),
+    )

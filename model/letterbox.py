@@ -49,9 +49,27 @@ def letterbox(
         The frame `[height_px, width_px, 3]` uint8, and where the picture lies in it.
     """
     height, width = image.shape[:2]
+    fit_height, fit_width = fit_px or (height_px, width_px)
+    image, scale = fit(image, min(height_px, fit_height), min(width_px, fit_width))
+    new_height, new_width = image.shape[:2]
+    left, top = (width_px - new_width) // 2, (height_px - new_height) // 2
+    frame = np.full((height_px, width_px, 3), FILL, dtype=np.uint8)
+    frame[top : top + new_height, left : left + new_width] = image
+    return frame, Letterbox(scale, left, top, width, height)
+
+
+def fit(image: np.ndarray, height_px: int, width_px: int) -> tuple[np.ndarray, float]:
+    """Scales a picture to fit a frame, keeping its shape; of its own size it is left as it is.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        height_px, width_px: the frame.
+
+    Returns:
+        The picture, and what it was multiplied by.
+    """
+    height, width = image.shape[:2]
     scale = min(height_px / height, width_px / width)
-    if fit_px is not None:
-        scale = min(scale, fit_px[0] / height, fit_px[1] / width)
     # A sliver of a picture still gets one pixel.
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     if (new_height, new_width) != (height, width):
@@ -61,8 +79,5 @@ def letterbox(
         pixels = F.interpolate(
             pixels, (new_height, new_width), mode="bilinear", antialias=scale < 1
         )
-        image = pixels[0].permute(1, 2, 0).numpy()
-    left, top = (width_px - new_width) // 2, (height_px - new_height) // 2
-    frame = np.full((height_px, width_px, 3), FILL, dtype=np.uint8)
-    frame[top : top + new_height, left : left + new_width] = image
-    return frame, Letterbox(scale, left, top, width, height)
+        image = pixels[0].permute(1, 2, 0).contiguous().numpy()
+    return image, scale

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data_prep.batch import Truth
 from ..data_prep.errors import DataError
 from ..data_prep.formats import Category
-from ..data_prep.stream import Truth
 
 METRICS = (
     "AP",

@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from ..data_prep.cache import CacheOptions
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -147,10 +149,16 @@ ModelSection = Annotated[
 class DataSection(Section):
     """Where the shards are, and the frame that pictures are scaled into."""
 
-    train: str = "shards/train"
+    train: str = "shards/train"  # a folder, or its URL: https://, s3://, gs://
     val: str = "shards/val"
+    # Of a URL's shards: where what is fetched is kept, for all processes of a machine; how much of
+    # it; and how long a host may stay away before the run ends. ~ is the home folder.
+    cache: str = CacheOptions.folder
+    cache_gib: Positive = CacheOptions.gib
+    patience_s: NotNegative = CacheOptions.patience_s
     image_px: tuple[int, int] = (640, 640)  # height, width: multiples of 32
     workers: Annotated[int, Field(ge=0)] = 4  # loader processes a rank; 0: the rank itself
+    corrupt_limit: Fraction = 0.01  # share of the training samples; beyond it the run ends
 
     @field_validator("image_px")
     @classmethod
@@ -190,6 +198,8 @@ class AugmentSection(Section):
     saturation: Fraction = 0.7
     value: Fraction = 0.4
     weak_epochs: NotNegative = 0  # the last epochs go without mosaic
+    # Workers only decode, and the training device does the rest: where cores are few for the GPUs.
+    on_device: bool = False
 
 
 class OptimizerSection(Section):

@@ -1,6 +1,7 @@
 """COCO evaluation: predictions of all processes, pycocotools' twelve numbers, per class too."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data_prep.batch import Batch, Corrupt, Truth
+from ..data_prep.cache import CacheOptions
 from ..data_prep.errors import DataError
 from ..data_prep.formats import read_coco
 from ..data_prep.reader import FileReader, SampleReader, ShardReader
-from ..data_prep.stream import Batch, Truth
+from ..data_prep.remote import is_url
 from ..data_prep.validation import (
     RectangularSet,
     ValidationSet,
@@ -51,6 +54,7 @@ class Evaluation:
 
     results: dict[str, Any]  # METRICS, and "per_class"
     losses: dict[str, float]
+    corrupt: tuple[Corrupt, ...] = ()  # pictures that could not be read
 
 
 def evaluate(
@@ -79,6 +83,7 @@ def evaluate(
     state = PartialState(cpu=device.type == "cpu")
     data = _validation_set(reader, settings, state.process_index, state.num_processes)
     found: list[tuple[Truth, np.ndarray]] = []
+    corrupt: list[Corrupt] = []
     sums: dict[str, float] = {}
     bar = tqdm(
         total=len(data),
@@ -90,39 +95,43 @@ def evaluate(
     for batch in validation_batches(data, settings.batch, settings.workers):
         bar.update(len(batch.images))
         detections, losses = _forward(detector, batch, settings, device, criterion)
+        corrupt += batch.corrupt
         found += [(t, _rows(d)) for t, d in zip(batch.truth, detections, strict=True)]
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss * len(batch.images)
     bar.close()
-    everything = gather_object([(found, sums)])
+    everything = gather_object([(found, sums, corrupt)])
     if not state.is_main_process:
         return None
-    pictures = sorted((p for part, _ in everything for p in part), key=lambda p: p[0].image_id)
+    pictures = sorted((p for part, _, _ in everything for p in part), key=lambda p: p[0].image_id)
     total = {
-        name: sum(part.get(name, 0.0) for _, part in everything) / len(pictures)
+        name: sum(part.get(name, 0.0) for _, part, _ in everything) / len(pictures)
         for name in (sums if criterion else ())
     }
-    return Evaluation(coco_metrics(pictures, reader.classes, class_ids), total)
+    unread = tuple(entry for _, _, part in everything for entry in part)
+    return Evaluation(coco_metrics(pictures, reader.classes, class_ids), total, unread)
 
 
 def evaluate_command(
     weights: Path,
-    data: Path,
+    data: str,
     images: Path | None,
     output: Path | None,
     batch: int,
     workers: int,
     shape: Literal["square", "rect"],
+    cache: CacheOptions | None = None,
 ) -> None:
     """Evaluates exported weights on shards or on a COCO JSON; prints and writes the numbers.
 
     Args:
         weights: exported weights, or the folder of a run.
-        data, images: shards, or a COCO JSON and the folder of its pictures.
+        data, images: shards or their URL, or a COCO JSON and the folder of its pictures.
         output: a JSON file for the numbers.
         batch: pictures in a batch, on each rank.
         workers: loader processes of each rank.
         shape: the letterbox, see `EvalSettings`.
+        cache: how the shards of a URL are read.
 
     Raises:
         WeightsError, DataError, CheckpointError: a mistake, in one sentence.
@@ -130,7 +139,7 @@ def evaluate_command(
     from accelerate import PartialState
 
     use_cpu = not torch.cuda.is_available()
-    reader = open_data(data, images)
+    reader = open_data(data, images, cache)
     detector, info = load_detector(latest_export(weights) if weights.is_dir() else weights)
     class_ids = match_classes(info.classes, reader.classes)
     device = PartialState(cpu=use_cpu).device
@@ -143,6 +152,11 @@ def evaluate_command(
     )
     if outcome is None:
         return
+    for entry in outcome.corrupt:
+        print(
+            f"{entry.shard}: sample {entry.key} {entry.reason}; evaluated without it",
+            file=sys.stderr,
+        )
     print(format_results(outcome.results))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -152,13 +166,15 @@ def evaluate_command(
         print(f"written to {output}")
 
 
-def open_data(data: Path, images: Path | None) -> SampleReader:
-    """Shards, or a COCO JSON with its images."""
-    if data.suffix != ".json":
-        return ShardReader(data)
+def open_data(
+    data: Path | str, images: Path | None, cache: CacheOptions | None = None
+) -> SampleReader:
+    """Shards or their URL, or a COCO JSON with its images."""
+    if is_url(data) or Path(data).suffix != ".json":
+        return ShardReader(data, cache)
     if images is None:
         raise DataError(f"--data {data} is a COCO JSON: give its pictures' folder with --images")
-    return FileReader(read_coco(data, images))
+    return FileReader(read_coco(Path(data), images))
 
 
 def _validation_set(

@@ -6,7 +6,6 @@ and neither a resume nor another world size changes what is computed.
 """
 
 import copy
-import functools
 import signal
 import time
 from collections.abc import Iterator
@@ -18,17 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data_prep.errors import DataError
-from ..data_prep.reader import ShardReader
-from ..data_prep.stream import Batch, BatchPlan, TrainStream, training_batches
+from ..data_prep.batch import Batch, Corrupt
+from ..data_prep.loader import training_batches
+from ..data_prep.quarantine import Quarantine
+from ..data_prep.stream import BatchPlan
 from ..model.assign import Targets
 from ..model.detector import Detector, build_criterion, build_detector, without_pretrained
-from ..model.letterbox import letterbox
 from ..model.weights import begin_from
 from . import state
-from .build import architecture, augmentation_at, eval_settings
+from .build import architecture, eval_settings
 from .checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from .config import Recipe
+from .data import open_shards, training_stream
 from .distributed import World, start_world, stop_world
 from .ema import Ema
 from .engine import batch_plan, build_engine, commit_batch_statistics
@@ -63,13 +63,7 @@ class Run:
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.run)
         self.plan: BatchPlan = batch_plan(recipe, world)
-        reader = ShardReader(Path(recipe.data.train))
-        self.val_reader = ShardReader(Path(recipe.data.val))
-        if reader.classes != self.val_reader.classes:
-            raise DataError(
-                f"{recipe.data.val}: its classes are not those of {recipe.data.train}; "
-                "shard both from annotations with the same categories"
-            )
+        reader, self.val_reader = open_shards(recipe)
         self.classes = [{"id": c.id, "name": c.name} for c in reader.classes]
         checkpoint = find_checkpoint(self.folder / "checkpoints", resume)
         self.step = checkpoint.step if checkpoint else 0
@@ -103,18 +97,13 @@ class Run:
         self.criterion = build_criterion(self.model, recipe.model.loss.model_dump())
         self.loss_factor = recipe.batch.global_size if self.criterion.sums_over_pictures else 1
 
-        stream = TrainStream(
-            reader,
-            self.plan,
-            recipe.seed,
-            self.step,
-            recipe.data.image_px,
-            functools.partial(augmentation_at, recipe, len(reader) // self.plan.global_batch),
-            letterbox,
-        )
-        self.steps_per_epoch = stream.order.steps
+        self.stream = training_stream(recipe, reader, self.plan, self.step)
+        self.steps_per_epoch = self.stream.order.steps
         self.total_steps = total_steps(self.steps_per_epoch, recipe.schedule)
-        self.stream = stream
+        limit = recipe.data.corrupt_limit
+        self.quarantine = Quarantine(
+            self.folder, recipe.data.train, len(reader), limit, world.is_main
+        )
         self.tracker = self._start_tracker(checkpoint) if world.is_main else None
         self.stop_asked = False
 
@@ -125,7 +114,7 @@ class Run:
             self._say(f"the run is finished at step {self.step}; nothing to do")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask_to_stop)
-        batches = training_batches(self.stream, self.recipe.data.workers)
+        batches = training_batches(self.stream, self.recipe.data.workers, self.world.device)
         meter = Meter(self.plan.global_batch, self.total_steps, self.recipe.tracking.log_every)
         saved = self.step
         while self.step < self.total_steps:
@@ -159,10 +148,12 @@ class Run:
         set_hyperparameters(engine.optimizer, self._lr(self.step), warmed_up, self.recipe.optimizer)
         self.model.train()
         names = self.criterion.names
-        sums = torch.zeros(len(names) + 1, device=self.world.device)
+        sums = torch.zeros(len(names) + 2, device=self.world.device)
+        corrupt: list[Corrupt] = []
         for turn in range(plan.accumulation):
             with meter.waiting():
                 batch = next(batches)
+            corrupt += batch.corrupt
             images = batch.images.to(self.world.device, non_blocking=True).permute(0, 3, 1, 2)
             targets = Targets(batch.image_index, batch.labels, batch.boxes_xyxy)
             # Stochastic depth draws by position, not by what happened before.
@@ -173,16 +164,26 @@ class Run:
             loss: Tensor = sum(losses.values())
             engine.backward(loss * self.loss_factor)
             engine.step()
-            sums[:-1] += torch.stack([losses[name].detach() for name in names])
+            sums[:-2] += torch.stack([losses[name].detach() for name in names])
         commit_batch_statistics(self.model, plan)
         self.step += 1
         self.ema.update(self.step)
-        # One reduction tells every rank the losses and whether any was asked to stop: a signal
-        # reaches ranks at different steps, and all must save the same one.
-        sums[-1] = float(self.stop_asked)
+        # One reduction tells every rank the losses, whether any met a corrupt sample and whether
+        # any was asked to stop: a signal reaches ranks at different steps, and all must save the
+        # same one.
+        sums[-2], sums[-1] = len(corrupt), self.stop_asked
         dist.all_reduce(sums)
         values = (sums / (plan.accumulation * plan.world_size)).tolist()
-        return dict(zip(names, values[:-1], strict=True)), values[-1] > 0
+        if values[-2]:
+            self._quarantine(corrupt)
+        return dict(zip(names, values[:-2], strict=True)), values[-1] > 0
+
+    def _quarantine(self, corrupt: list[Corrupt]) -> None:
+        """Writes down the corrupt samples that any rank has met; ends the run at too many."""
+        parts: list[list[Corrupt]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(parts, corrupt)
+        for entry in self.quarantine.add(entry for part in parts for entry in part):
+            self._say(f"{entry.shard}: sample {entry.key} {entry.reason}; another takes its place")
 
     def evaluate(self) -> None:
         """COCO metrics and losses of the averaged weights on the validation shards."""
@@ -196,6 +197,7 @@ class Run:
             self.criterion,
         )
         if self.tracker and outcome:
+            self.quarantine.note(outcome.corrupt)
             self.metrics = {k: v for k, v in outcome.results.items() if k != "per_class"}
             self.tracker.log(
                 {"kind": "val", "step": self.step, "epoch": self.epoch}

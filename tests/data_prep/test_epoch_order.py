@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convnext_yolo.data_prep.errors import DataError
-from convnext_yolo.data_prep.stream import BLOCK, WINDOW, EpochOrder
+from convnext_yolo.data_prep.order import BLOCK, WINDOW, EpochOrder
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -83,3 +83,25 @@ def test_a_window_over_two_epochs_deals_each_once(monkeypatch):
         for step in range(order.steps - WINDOW, order.steps + 1):
             order.lane(lane, step)
     assert len(dealt) == 2
+
+
+def test_few_bytes_a_sample_stay():
+    order = EpochOrder(118_287, 128, 0)
+    for step in range(3 * order.steps):
+        order.lane(step % 128, step)
+    assert sum(a.nbytes for a in order._dealt.values()) < 4.2 * 118_287
+
+
+def test_the_order_of_a_small_set_is_as_it_was_first_dealt():
+    """The order is part of what a checkpoint relies on."""
+    order = EpochOrder(20, 4, 0)
+    assert [order.lane(lane, step) for step in range(2) for lane in range(4)] == [
+        4,
+        9,
+        2,
+        15,
+        5,
+        10,
+        3,
+        16,
+    ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -10,10 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_yolo.data_prep import reader as reader_module
+from convnext_yolo.data_prep import source as source_module
 from convnext_yolo.data_prep.decode import decode_image
 from convnext_yolo.data_prep.errors import DataError
-from convnext_yolo.data_prep.reader import FileReader, Sample, ShardReader
+from convnext_yolo.data_prep.reader import (
+    FileReader,
+    Sample,
+    ShardReader,
+    any_members,
+    own_members,
+)
 
 FIELDS = ("image", "boxes_xyxy", "labels", "crowd", "area")
 
@@ -70,7 +77,7 @@ def test_a_reader_travels_to_other_processes_without_its_files(shards):
     reader = ShardReader(shards)
     first = reader.decode(0)
     copy = pickle.loads(pickle.dumps(reader))
-    assert not copy._open
+    assert not copy.source.opened.files
     assert_same(copy.decode(0), first)
     assert_same(reader.decode(4), copy.decode(4))
 
@@ -81,7 +88,7 @@ def test_a_forked_process_opens_its_own_files(coco_files, tmp_path):
     coco_files.shard(tmp_path / "shards", samples_per_shard=5)
     reader = ShardReader(tmp_path / "shards")
     expected = [reader.decode(i).image_id for i in range(5)]
-    (file,) = reader._open.values()
+    (file,) = reader.source.opened.files.values()
     file.seek(0)
     file.read(1)
     before = os.lseek(file.fileno(), 0, os.SEEK_CUR)
@@ -97,15 +104,15 @@ def test_a_forked_process_opens_its_own_files(coco_files, tmp_path):
 
 
 def test_few_files_are_open_however_many_shards(coco_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(source_module, "MAX_OPEN_FILES", 2)
     coco_files.shard(tmp_path / "shards", samples_per_shard=1)
     reader = ShardReader(tmp_path / "shards")
     before = len(os.listdir("/proc/self/fd"))
     expected = [FileReader(coco_files.read()).decode(i) for i in range(5)]
     for position in (0, 1, 2, 3, 4, 0, 2, 2, 4):
         assert_same(reader.decode(position), expected[position])
-        assert len(reader._open) <= 2
-    assert list(reader._open) == [2, 4]  # the last ones used
+        assert len(reader.source.opened.files) <= 2
+    assert list(reader.source.opened.files) == [2, 4]  # the last ones used
     assert len(os.listdir("/proc/self/fd")) == before + 2
 
 
@@ -211,3 +218,38 @@ def test_every_picture_becomes_three_channels_of_bytes(tmp_path, mode, suffix):
     Image.new(mode, (9, 7)).save(path)
     image = decode_image(path.read_bytes())
     assert (image.shape, image.dtype) == ((7, 9, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tar_format", "headers"),
+    [(tarfile.USTAR_FORMAT, {}), (tarfile.PAX_FORMAT, {"comment": "x"}), (tarfile.GNU_FORMAT, {})],
+)
+@pytest.mark.parametrize("names", [("7.jpg", "7.json"), ("7.json", "7.jpg")])
+def test_samples_of_other_tar_writers_are_read(tar_format, headers, names):
+    """What is not as our writer has it is left to webdataset; both say the same."""
+    content = {"7.jpg": b"p" * 700, "7.json": b"{}"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format, pax_headers=headers) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content[name])
+            member.pax_headers = headers
+            tar.addfile(member, io.BytesIO(content[name]))
+    expected = (content["7.jpg"], content["7.json"])
+    assert any_members(buffer.getvalue(), "7") == expected
+    own = own_members(buffer.getvalue(), "7")
+    assert own == (None if headers else expected)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 512, 900, 1536, 2000])
+def test_a_sample_cut_short_is_none_of_ours(cut):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, size in (("7.jpg", 700), ("7.json", 20)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"p" * size))
+    content = buffer.getvalue()[:cut]
+    assert own_members(content, "7") is None
+    with pytest.raises(ValueError):
+        any_members(content, "7")

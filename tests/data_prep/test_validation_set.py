@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convnext_yolo.data_prep.batch import Batch
 from convnext_yolo.data_prep.reader import FileReader, Sample, ShardReader
-from convnext_yolo.data_prep.stream import Batch
 from convnext_yolo.data_prep.validation import (
     RectangularSet,
     ValidationSet,

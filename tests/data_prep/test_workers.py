@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from convnext_yolo.data_prep.augment import Augmentation
+from convnext_yolo.data_prep.batch import Batch
 from convnext_yolo.data_prep.errors import DataError
+from convnext_yolo.data_prep.loader import training_batches
 from convnext_yolo.data_prep.reader import Sample, ShardReader
-from convnext_yolo.data_prep.stream import Batch, BatchPlan, TrainStream, training_batches
+from convnext_yolo.data_prep.stream import BatchPlan, TrainStream
 from convnext_yolo.data_prep.validation import ValidationSet, validation_batches
-from convnext_yolo.model.letterbox import letterbox
+from convnext_yolo.model.letterbox import fit, letterbox
 
 pytestmark = pytest.mark.process
 
@@ -26,7 +28,7 @@ STRONG = Augmentation(0.7, 0.5, 0.1, 0.5, 0.5, 0.1, 0.7, 0.4)
 
 def batches_of(reader: ShardReader, workers: int) -> Iterator[Batch]:
     plan = BatchPlan(global_batch=8, micro_batch=4, rank=0, world_size=1)
-    stream = TrainStream(reader, plan, 0, 0, FRAME, lambda step: STRONG, letterbox)
+    stream = TrainStream(reader, plan, 0, 0, FRAME, lambda step: STRONG, fit)
     return training_batches(stream, workers)
 
 
@@ -37,10 +39,10 @@ def take(batches: Iterator[Batch], count: int) -> torch.Tensor:
 class Broken(ShardReader):
     """Its 41st picture can't be read."""
 
-    def decode(self, position: int) -> Sample:
+    def decode(self, position: int, out: np.ndarray | None = None) -> Sample:
         if position == 40:
             raise DataError("shard s.tar: picture p.jpg can't be decoded; mend it")
-        return super().decode(position)
+        return super().decode(position, out)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convnext_yolo.data_prep.batch import Truth
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.formats import Category
-from convnext_yolo.data_prep.stream import Truth
 from convnext_yolo.recipes.coco import METRICS, coco_metrics, match_classes
 
 CLASSES = (Category(3, "cat"), Category(7, "dog"))

@@ -1,0 +1,78 @@
+"""The quarantine: which samples of a run's data could not be used, and when there are too many."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from .batch import Corrupt
+from .errors import DataError
+
+LEDGER_NAME = "quarantine.jsonl"
+
+
+class Quarantine:
+    """A ledger of corrupt samples, one JSON line each: shard, key, reason.
+
+    Every rank is told of the same training samples and keeps the same list, so all of them stop at
+    the same step; one of them writes.
+
+    Args:
+        folder: of the run; what an earlier part of the run has written there counts.
+        data: folder or URL of the training shards.
+        samples: how many they hold.
+        limit: share of them that may be corrupt.
+        writes: whether this process keeps the file.
+
+    Raises:
+        DataError: the ledger can't be read.
+    """
+
+    def __init__(self, folder: Path, data: str, samples: int, limit: float, writes: bool):
+        self.path, self.writes = folder / LEDGER_NAME, writes
+        self.samples, self.limit = samples, limit
+        self._written = self._read()
+        prefix = data.rstrip("/") + "/"
+        self._corrupt = {place for place in self._written if place[0].startswith(prefix)}
+
+    def add(self, found: Iterable[Corrupt]) -> list[Corrupt]:
+        """Writes down training samples; returns those that are new.
+
+        Raises:
+            DataError: they have become too many.
+        """
+        new = [corrupt for corrupt in dict.fromkeys(found) if _place(corrupt) not in self._corrupt]
+        self._corrupt |= {_place(corrupt) for corrupt in new}
+        self.note(new)
+        if new and len(self._corrupt) > self.limit * self.samples:
+            raise DataError(
+                f"{len(self._corrupt)} of {self.samples} samples are corrupt, more than "
+                f"data.corrupt_limit = {self.limit:g} allows; {self.path} lists them, and "
+                "`convnext-yolo verify --images` finds all such: fetch or make the shards again"
+            )
+        return new
+
+    def note(self, found: Iterable[Corrupt]) -> None:
+        """Writes samples down without a limit, those of validation: they have no substitutes."""
+        found = dict.fromkeys(found)
+        new = [corrupt for corrupt in found if _place(corrupt) not in self._written]
+        self._written |= {_place(corrupt) for corrupt in new}
+        if new and self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(corrupt)) + "\n" for corrupt in new)
+
+    def _read(self) -> set[tuple[str, str]]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path}: the quarantine ledger can't be read ({error}); mend or remove it"
+            ) from None
+
+
+def _place(corrupt: Corrupt) -> tuple[str, str]:
+    return corrupt.shard, corrupt.key
