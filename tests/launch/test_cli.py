@@ -101,15 +101,22 @@ def _unknown_category(path: Path, document: dict[str, Any]) -> None:
     ],
 )
 def test_bad_annotations(
-    coco: tuple[Path, dict[str, Any]], fails: Callable[..., str], spoil: Any, parts: list[str]
+    coco: tuple[Path, dict[str, Any]],
+    fails: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    spoil: Any,
+    parts: list[str],
 ) -> None:
     path, document = coco
     spoil(path, document)
     path.write_text(json.dumps(document))
     before = sorted(p.name for p in path.parent.iterdir())
-    sentence = fails(*shard_words(path))
+    sentence = fails(*shard_words(path), "--strict")
     assert all(part in sentence for part in parts), sentence
     assert sorted(p.name for p in path.parent.iterdir()) == before  # nothing half-written
+    assert main([str(word) for word in shard_words(path)]) == 0  # repaired, or left out
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in parts) and "report.json" in printed, printed
 
 
 def test_shard_and_verify(
@@ -126,6 +133,28 @@ def test_shard_and_verify(
     tar = next(shards.glob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b"IHDR", b"IHDX"))
     assert tar.name in fails("verify", shards)
+
+
+def test_shard_from_other_formats_and_to_a_url(
+    coco: tuple[Path, dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    fails: Callable[..., str],
+) -> None:
+    folder = coco[0].parent
+    (folder / "1.txt").write_text("0 0.25 0.25 0.25 0.25")
+    (folder / "names.txt").write_text("thing")
+    words = ["shard", "--format", "yolo", "--input", folder, "--images", folder]
+    words += ["--output", f"file://{folder}/yolo", "--scratch", folder / "scratch"]
+    assert "--classes" in fails(*words)
+    words += ["--classes", folder / "names.txt"]
+    assert main([str(word) for word in words]) == 0
+    assert "yolo: 2 samples, 1 boxes, 1 classes in 1 shard(s)" in capsys.readouterr().out
+    assert main(["verify", str(folder / "yolo")]) == 0
+
+    words = ["shard", "--format", "voc", "--input", folder, "--images", folder]
+    assert "has no XML file" in fails(*words, "--output", folder / "voc")
+    (folder / "1.xml").write_text("<annotation><filename>1.png</filename></annotation>")
+    assert "no object has a name" in fails(*words, "--output", folder / "voc")
 
 
 def recipe_at(folder: Path, **sections: object) -> Path:
