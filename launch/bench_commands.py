@@ -1,4 +1,4 @@
-"""Commands that measure: bench infer."""
+"""Commands that measure: bench infer, bench loader."""
 
 import argparse
 import json
@@ -10,6 +10,11 @@ from .parser import Commands, add_command, positive
 def _bench(commands: Commands) -> None:
     parser = add_command(commands, "bench", "measure speed, always against something in one run")
     what = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    _infer(what)
+    _loader(what)
+
+
+def _infer(what: Commands) -> None:
     infer = add_command(what, "infer", "size and speed of detectors, side by side")
     infer.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="recipe files, or names; the first is 1.0"
@@ -44,6 +49,29 @@ def _bench(commands: Commands) -> None:
             bench_infer.draw_speeds(speeds, options.figure)
 
     infer.set_defaults(run_command=run)
+
+
+def _loader(what: Commands) -> None:
+    loader = add_command(what, "loader", "the training pipeline, next to its decoder alone")
+    loader.add_argument("--data", required=True, metavar="SHARDS", help="folder of shards")
+    loader.add_argument(
+        "--batches", type=positive, default=20, metavar="N", help="of 16 a turn, default 20"
+    )
+    loader.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+
+    def run(options: argparse.Namespace) -> None:
+        from ..recipes import bench_loader
+        from ..recipes.figures import check_writable
+
+        if options.json:
+            check_writable(options.json)
+        report = bench_loader.bench_loader(options.data, options.batches)
+        print(bench_loader.format_loader(report))
+        if options.json:
+            text = json.dumps(bench_loader.as_record(report), indent=2)
+            options.json.write_text(text + "\n", encoding="utf-8")
+
+    loader.set_defaults(run_command=run)
 
 
 COMMANDS = (_bench,)
