@@ -34,7 +34,7 @@ def test_blocks_that_run(tmp_path: Path) -> None:
     for name in ("data_prep", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)
     script = "".join(block for is_run, block in BLOCKS if is_run)
-    assert script.count("convnext-yolo") == 9
+    assert script.count("convnext-yolo") == 11
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", "-eux", "-c", script],
@@ -47,6 +47,8 @@ def test_blocks_that_run(tmp_path: Path) -> None:
     assert "resuming at step 8 of 12" in result.stdout
     for name in ("mine.safetensors", "results.json", "figures/curves.png", "runs/mine/recipe.yaml"):
         assert (tmp_path / name).is_file()
+    assert (tmp_path / "preview.png").is_file()
+    assert re.findall(r"^batch (\d) [0-9a-f]{64}$", result.stdout, re.M) == ["0", "1", "2"]
     printed = re.search(r"^.*deepspeed --hostfile hostfile .*$", result.stdout, re.M)
     assert printed
     # What is printed is what the README gives to copy, but for paths and defaults.

@@ -21,7 +21,7 @@ PROGRAM = Path(sys.executable).with_name("convnext-yolo")
 COMMANDS = (
     *([], ["shard"], ["verify"], ["train"], ["launch"], ["launch", "local"]),
     *(["launch", "deepspeed"], ["eval"], ["export"], ["import"], ["report"], ["demo"]),
-    *(["bench"], ["bench", "infer"]),
+    *(["bench"], ["bench", "infer"], ["bench", "loader"], ["fetch-coco"], ["preview"]),
 )
 
 
