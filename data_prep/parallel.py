@@ -6,16 +6,11 @@ a single shard keeps all processes busy, and the bytes don't depend on them.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from .errors import DataError
+from .pool import worker_pool
 from .tar_writer import Job, Verdict, Written, check_images, write_shard
 
 _PIECE = 32  # images that are checked in one go: a fraction of a second
@@ -44,18 +39,8 @@ def write_all(
         for job in jobs:
             done(job, write_shard(job, advance=advance))
         return
-    # A clean process imports what the workers need once for all of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([write_shard.__module__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
+    with worker_pool(workers, "wrote shards", [write_shard.__module__]) as pool:
         _run(pool, iter(jobs), workers + 2, advance, done)
-    except BrokenProcessPool:
-        raise DataError(
-            "A process that wrote shards was killed (out of memory?); give fewer workers."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Shard:
@@ -107,16 +92,3 @@ def _run(
             advance(len(result))
             if shard.tar is None and (tar := shard.write(pool)) is not None:
                 pending[tar] = shard
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which stops the pool; and don't outlive a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,32 +45,6 @@ def encode_annotations(record: ImageRecord) -> bytes:
 def _numbers(values: np.ndarray) -> list[float]:
     """float32 in the fewest digits that give the same float32 again: 153.45, not 153.449996948."""
     return [float(str(value)) for value in values]
-
-
-def read_samples(path: Path) -> Iterator[tuple[str, int, dict[str, bytes]]]:
-    """Walk a shard as plain tar: (key, offset in bytes, members by extension) of each sample.
-
-    Neighbouring members with one key are a sample, as in webdataset.
-
-    Raises:
-        tarfile.TarError, OSError: the tar is cut short or broken.
-        ValueError: a member is named twice.
-    """
-    key, offset = "", 0
-    members: dict[str, bytes] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            member_key, _, extension = member.name.partition(".")
-            if member_key != key and members:
-                yield key, offset, members
-            if member_key != key or not members:
-                key, offset, members = member_key, member.offset, {}
-            if extension in members:
-                raise ValueError(f"the member {member.name} comes twice")
-            content = tar.extractfile(member)
-            members[extension] = content.read() if content is not None else b""
-    if members:
-        yield key, offset, members
 
 
 def stored_image(shard: Path, offset: int) -> bytes:

@@ -24,18 +24,6 @@ from .tar_writer import Job, Written
 from .upload import RemoteOutput
 
 
-def write_shards(
-    dataset: DetectionDataset,
-    output: Path | str,
-    samples_per_shard: int = 512,
-    workers: int = 1,
-    progress: bool = True,
-    scratch: Path | None = None,
-) -> Manifest:
-    """Write a data set as shards and their manifest, see `shard_dataset`."""
-    return shard_dataset(dataset, output, samples_per_shard, workers, progress, scratch)[0]
-
-
 def shard_dataset(
     dataset: DetectionDataset,
     output: Path | str,
@@ -73,15 +61,11 @@ def shard_dataset(
     stats = [_stat(record) for record in dataset.images]
     fingerprint = _fingerprint(dataset, stats, samples_per_shard)
     try:
-        existing = target.existing()
-        if existing is not None:
-            report = _check_existing(target, existing, fingerprint, dataset)
+        if existing := _existing(target, fingerprint, dataset):
             if progress:
-                print(
-                    f"{target.name}: holds these {existing.samples} samples already.",
-                    file=sys.stderr,
-                )
-            return existing, report
+                samples = existing[0].samples
+                print(f"{target.name}: holds these {samples} samples already.", file=sys.stderr)
+            return existing
         with target.working() as folder:
             jobs = _jobs(dataset, stats, samples_per_shard, folder)
             done = _write_missing(target, folder, jobs, workers, progress)
@@ -99,10 +83,13 @@ def shard_dataset(
     return manifest, report
 
 
-def _check_existing(
-    target: LocalOutput | RemoteOutput, manifest: Manifest, fingerprint: str, data: DetectionDataset
-) -> Report:
-    """The report of an output that needs no work; DataError if it isn't this one."""
+def _existing(
+    target: LocalOutput | RemoteOutput, fingerprint: str, data: DetectionDataset
+) -> tuple[Manifest, Report] | None:
+    """An output that needs no work, if there is one; DataError if it isn't this one."""
+    manifest = target.existing()
+    if manifest is None:
+        return None
     if manifest.fingerprint != fingerprint:
         raise DataError(
             f"{target.name}: holds shards of another input or with other settings; {MEND}."
@@ -111,7 +98,7 @@ def _check_existing(
     report = target.report()
     if data.findings.strict and (refused := report.refused()):
         raise DataError(refused[0])
-    return report
+    return manifest, report
 
 
 def _write_missing(

@@ -9,19 +9,15 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import DataError
 from .manifest import MANIFEST_NAME, Manifest
+from .pool import worker_pool
 from .verify_shard import Found, ShardJob, verify_shard
 
 # Below this one process has read everything before others have started; decoding takes longer.
@@ -107,19 +103,11 @@ _done_bytes: Any = None
 
 def _in_processes(jobs: list[ShardJob], workers: int, update: Callable[[int], Any]) -> list[Found]:
     """All shards, `workers` at a time; in the order of the jobs."""
-    # A clean process imports what all need, once.
-    context = multiprocessing.get_context("forkserver")
     decoder = [f"{__package__}.decode"] if jobs[0].images else []
-    context.set_forkserver_preload([__name__, *decoder])
-    done_bytes = context.RawArray("q", len(jobs))
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(done_bytes,)
-    )
+    done_bytes = multiprocessing.get_context("forkserver").RawArray("q", len(jobs))
     shown = 0
-    try:
-        with _held_signals():
-            futures = [pool.submit(_work, i, job) for i, job in enumerate(jobs)]
+    with worker_pool(workers, "read shards", [__name__, *decoder], _share, (done_bytes,)) as pool:
+        futures = [pool.submit(_work, i, job) for i, job in enumerate(jobs)]
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_EXCEPTION)
@@ -129,55 +117,11 @@ def _in_processes(jobs: list[ShardJob], workers: int, update: Callable[[int], An
             update(now - shown)
             shown = now
         return [future.result() for future in futures]
-    except BrokenProcessPool:
-        raise DataError(
-            "A process that read shards was killed (out of memory?); give fewer workers."
-        ) from None
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # or each reads its shard to the end
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    """Ctrl-C and a kill wait until the workers are there: half-started, they could not be ended.
-
-    Workers inherit the mask: Ctrl-C is for the parent alone, which stops them.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    came: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere nothing interrupts
-        # Masked here, a signal still comes through another thread, numpy's for one.
-        before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for signal_number in came:
-        signal.raise_signal(signal_number)
-
-
-def _start_worker(done_bytes: Any) -> None:
-    """Ignore Ctrl-C wherever the process came from; end when killed, and with the parent."""
+def _share(done_bytes: Any) -> None:
     global _done_bytes
     _done_bytes = done_bytes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _work(index: int, job: ShardJob) -> Found:

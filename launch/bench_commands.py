@@ -35,6 +35,7 @@ def _infer(what: Commands) -> None:
     def run(options: argparse.Namespace) -> None:
         from ..recipes import bench_infer
         from ..recipes.figures import check_writable
+        from ..recipes.files import write_whole
 
         for path in filter(None, (options.json, options.figure)):
             check_writable(path)  # before the minutes of measuring
@@ -44,7 +45,7 @@ def _infer(what: Commands) -> None:
         print(bench_infer.format_speeds(speeds))
         if options.json:
             rows = json.dumps(bench_infer.as_records(speeds), indent=2)
-            options.json.write_text(rows + "\n", encoding="utf-8")
+            write_whole(options.json, rows + "\n")
         if options.figure:
             bench_infer.draw_speeds(speeds, options.figure)
 
@@ -62,6 +63,7 @@ def _loader(what: Commands) -> None:
     def run(options: argparse.Namespace) -> None:
         from ..recipes import bench_loader
         from ..recipes.figures import check_writable
+        from ..recipes.files import write_whole
 
         if options.json:
             check_writable(options.json)
@@ -69,7 +71,7 @@ def _loader(what: Commands) -> None:
         print(bench_loader.format_loader(report))
         if options.json:
             text = json.dumps(bench_loader.as_record(report), indent=2)
-            options.json.write_text(text + "\n", encoding="utf-8")
+            write_whole(options.json, text + "\n")
 
     loader.set_defaults(run_command=run)
 

@@ -214,19 +214,11 @@ def _demo(commands: Commands) -> None:
 
     def run(options: argparse.Namespace) -> None:
         from ..demo.app import serve
+        from ..recipes.export import exported_weights
 
-        serve(_exported(options.weights), options.port)
+        serve(exported_weights(options.weights), options.port)
 
     parser.set_defaults(run_command=run)
-
-
-def _exported(weights: Path) -> Path:
-    """A weights file; of a run folder the latest export, or one made on the spot."""
-    if not weights.is_dir():
-        return weights
-    from ..recipes.export import latest_export
-
-    return latest_export(weights)
 
 
 COMMANDS = (_eval, _export, _import, _report, _demo)

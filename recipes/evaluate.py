@@ -32,7 +32,8 @@ from ..model.postprocess import Detections, candidates
 from ..model.weights import load_detector
 from .coco import coco_metrics, format_results, match_classes
 from .config import EvalSection
-from .export import latest_export
+from .export import exported_weights
+from .files import write_whole
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def evaluate_command(
 
     use_cpu = not torch.cuda.is_available()
     reader = open_data(data, images, cache)
-    detector, info = load_detector(latest_export(weights) if weights.is_dir() else weights)
+    detector, info = load_detector(exported_weights(weights))
     class_ids = match_classes(info.classes, reader.classes)
     device = PartialState(cpu=use_cpu).device
     keep_freed_memory(device)
@@ -159,10 +160,7 @@ def evaluate_command(
         )
     print(format_results(outcome.results))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(json.dumps(outcome.results, indent=2) + "\n", encoding="utf-8")
-        partial.replace(output)
+        write_whole(output, json.dumps(outcome.results, indent=2) + "\n")
         print(f"written to {output}")
 
 

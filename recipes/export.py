@@ -108,10 +108,15 @@ def _mib(path: Path) -> str:
     return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
-def latest_export(run: Path) -> Path:
-    """The run's `model.safetensors`, exported now if it is missing or older than the checkpoint."""
-    output = run / "model.safetensors"
-    latest = run / "checkpoints" / "latest"
+def exported_weights(source: Path) -> Path:
+    """A file of weights itself; of a run its `model.safetensors`.
+
+    That is exported now if it is missing or older than the checkpoint.
+    """
+    if not source.is_dir():
+        return source
+    output = source / "model.safetensors"
+    latest = source / "checkpoints" / "latest"
     if not output.exists() or (latest.exists() and latest.stat().st_mtime > output.stat().st_mtime):
-        export(run, output)
+        export(source, output)
     return output

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -30,14 +32,9 @@ def open_figure(output: Path, width_in: float, height_in: float) -> Iterator["Fi
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)  # inches
     figure = Figure(figsize=(width_in, height_in), layout=layout)
     yield figure
-    partial = output.with_name(output.name + ".partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(output) as partial:
             figure.savefig(partial, format="png", dpi=DPI)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(
             f"figure {output}: can't be written ({error.strerror}); give another --output"
@@ -70,6 +67,22 @@ def style(axes: "Axes", title: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FRAME)
+
+
+def write_label(
+    axes: "Axes", corner_px: tuple[float, float], text: str, colour: str, pad_pt: float
+) -> None:
+    """White text on a colour, below and right of a corner of a box in a picture."""
+    axes.text(
+        *corner_px,
+        plain(text),
+        fontsize=5,
+        color="white",
+        verticalalignment="top",
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": pad_pt, "alpha": 0.85},
+        clip_on=True,
+        in_layout=False,  # or the layout measures every label, twice
+    )
 
 
 def colour_of(i: int) -> str:

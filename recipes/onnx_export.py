@@ -20,6 +20,7 @@ from ..model.detector import Detector
 from ..model.letterbox import FILL
 from ..model.postprocess import MAX_DETECTIONS
 from ..model.weights import WeightsInfo, load_detector
+from .files import whole_file
 
 FORMAT = "convnext-yolo onnx 1"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -123,28 +124,23 @@ def export_onnx(weights: Path, output: Path, suppression: Suppression | None = N
     need_packages()
     detector, info = load_detector(weights)
     model = trace(detector, info.image_px)
-    difference_px = compare(model, detector, info.image_px)
-    if not difference_px <= TOLERANCE_PX:
+    off_px = difference_px(model, detector, info.image_px)
+    if not off_px <= TOLERANCE_PX:
         raise ExportError(
-            f"ONNX of {weights}: its boxes are up to {difference_px:.3g} px off PyTorch's in "
+            f"ONNX of {weights}: its boxes are up to {off_px:.3g} px off PyTorch's in "
             "onnxruntime, so nothing was written; install the versions in constraints.txt"
         )
     if suppression:
         model = with_suppression(model, suppression)
     describe(model, detector, info, suppression)
-    partial = output.with_name(output.name + ".partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(output) as partial:
             partial.write_bytes(model.SerializeToString())
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise ExportError(
             f"ONNX {output}: can't be written ({error}); choose another place, or make room"
         ) from error
-    return difference_px
+    return off_px
 
 
 def trace(detector: Detector, image_px: tuple[int, int]) -> Any:
@@ -225,7 +221,7 @@ def describe(
     model.graph.name = str(info.architecture["name"])
 
 
-def compare(model: Any, detector: Detector, image_px: tuple[int, int]) -> float:
+def difference_px(model: Any, detector: Detector, image_px: tuple[int, int]) -> float:
     """Runs a traced graph and its detector on noise; the largest difference of a side, in pixels.
 
     The whole range of a score counts as much as the picture's width.

@@ -28,6 +28,7 @@ from .figures import (
     colour_of,
     open_figure,
     plain,
+    write_label,
 )
 from .optim import total_steps
 
@@ -211,14 +212,4 @@ def _draw_boxes(
                 )
             )
         if with_names:
-            axes.text(
-                x1,
-                y1,
-                plain(names[label]),
-                fontsize=5,
-                color="white",
-                verticalalignment="top",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-                clip_on=True,
-                in_layout=False,  # or the layout measures every label, twice
-            )
+            write_label(axes, (x1, y1), names[label], colour, pad_pt=0.6)

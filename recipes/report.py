@@ -9,7 +9,7 @@ from ..model.postprocess import Detections
 from ..model.predictor import Predictor
 from .build import cache_options
 from .curves import History, draw_curves
-from .figures import COLOURS, INK, colour_of, open_figure, plain
+from .figures import COLOURS, INK, colour_of, open_figure, plain, write_label
 from .figures import ReportError as ReportError
 from .load import load_recipe
 
@@ -138,17 +138,7 @@ def _draw_mark(axes: "Axes", mark: Mark, colour: str) -> None:
     x1, y1, x2, y2 = mark.box_xyxy
     look: dict[str, Any] = {"color": colour, "linestyle": mark.line, "linewidth": 1.2}
     axes.add_artist(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **look))
-    axes.text(
-        x1,
-        y1,
-        plain(mark.text),
-        fontsize=5,
-        color="white",
-        verticalalignment="top",
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        clip_on=True,
-        in_layout=False,  # or the layout measures every label, twice
-    )
+    write_label(axes, (x1, y1), mark.text, colour, pad_pt=0.8)
 
 
 def _draw_legend(figure: "Figure", colours: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Recipe
+from .files import write_whole
 
 
 class Tracker:
@@ -21,9 +22,7 @@ class Tracker:
     def __init__(self, recipe: Recipe, folder: Path, step: int, run_id: str | None):
         self.path = folder / "metrics.jsonl"
         keep = [r for r in read_metrics(folder) if r["step"] <= step] if step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in keep), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in keep))
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(recipe, folder, run_id)
         self.run_id = self._wandb.id if self._wandb else run_id

@@ -15,7 +15,7 @@ from PIL import Image
 
 from convnext_yolo.data_prep.formats import Category, DetectionDataset, ImageRecord, read_coco
 from convnext_yolo.data_prep.manifest import Manifest
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 
 SIZES = [(48, 32), (32, 48), (40, 40), (64, 24), (33, 17)]  # width, height
 
@@ -45,7 +45,7 @@ class CocoFiles:
     def shard(self, output: Path, **options: Any) -> Manifest:
         """Two samples to a shard, and quiet, unless told otherwise."""
         options = {"samples_per_shard": 2, "progress": False, **options}
-        return write_shards(self.read(), output, **options)
+        return shard_dataset(self.read(), output, **options)[0]
 
 
 # Ids are sparse and in no order, as in COCO.
@@ -125,5 +125,5 @@ def noise(folder: Path, count: int) -> DetectionDataset:
 def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """57 pictures in 6 shards. Not to be spoilt."""
     folder = tmp_path_factory.mktemp("noise")
-    write_shards(noise(folder, 57), folder / "shards", samples_per_shard=10, progress=False)
+    shard_dataset(noise(folder, 57), folder / "shards", samples_per_shard=10, progress=False)
     return folder / "shards"

@@ -15,7 +15,7 @@ from convnext_yolo.data_prep.formats import Category, DetectionDataset, ImageRec
 from convnext_yolo.data_prep.loader import parts_of_batches, training_batches
 from convnext_yolo.data_prep.order import WINDOW
 from convnext_yolo.data_prep.reader import ShardReader
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.data_prep.stream import BatchPlan, TrainStream
 from convnext_yolo.model.letterbox import fit
 
@@ -89,7 +89,7 @@ def test_large_and_odd_pictures_travel_whole(tmp_path):
         Image.fromarray(pixels).save(path, quality=95)
         records.append(image_record(i, path, width, height))
     dataset = DetectionDataset((Category(1, "a"),), records)
-    write_shards(dataset, tmp_path / "shards", progress=False)
+    shard_dataset(dataset, tmp_path / "shards", progress=False)
     reader = ShardReader(tmp_path / "shards")
     streams = [
         TrainStream(reader, BatchPlan(4, 4, 0, 1), 0, 0, FRAME, strengths, fit, on_device)

@@ -13,7 +13,7 @@ import pytest
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.formats import Category
 from convnext_yolo.data_prep.manifest import CHUNK, Manifest, ShardEntry, narrow
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 
 from .conftest import noise
 
@@ -22,7 +22,7 @@ Document = dict[str, Any]
 
 @pytest.fixture
 def shards(coco_files, tmp_path) -> Path:
-    write_shards(coco_files.read(), tmp_path / "shards", samples_per_shard=2, progress=False)
+    shard_dataset(coco_files.read(), tmp_path / "shards", samples_per_shard=2, progress=False)
     return tmp_path / "shards"
 
 
@@ -99,7 +99,7 @@ def test_the_manifest_of_coco_loads_well_under_a_second(tmp_path):
 
 @pytest.mark.parametrize(("samples", "per_shard"), [(1, 8), (20, 3), (20, 9), (24, 8), (17, 512)])
 def test_chunks_cover_a_shard_and_have_its_digests(tmp_path, samples, per_shard):
-    write_shards(noise(tmp_path, samples), tmp_path / "out", per_shard, progress=False)
+    shard_dataset(noise(tmp_path, samples), tmp_path / "out", per_shard, progress=False)
     for entry in Manifest.load(tmp_path / "out").shards:
         data = (tmp_path / "out" / entry.name).read_bytes()
         spans = [entry.chunk(number) for number in range(len(entry.chunk_digests))]

@@ -11,7 +11,7 @@ import pytest
 from convnext_yolo.data_prep import tar_writer
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.samples import encode_annotations
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.data_prep.verify import verify
 
 
@@ -115,11 +115,11 @@ def test_two_runs_do_not_write_into_one_folder(coco_files, tmp_path, monkeypatch
         if not inner:
             inner.append(None)
             with pytest.raises(DataError, match=r"out.partial: another run is writing there"):
-                write_shards(dataset, tmp_path / "out", **options)
+                shard_dataset(dataset, tmp_path / "out", **options)
         return encode_annotations(record)
 
     monkeypatch.setattr(tar_writer, "encode_annotations", second_run)
-    write_shards(dataset, tmp_path / "out", **options)
+    shard_dataset(dataset, tmp_path / "out", **options)
     assert verify(tmp_path / "out", progress=False) == []
 
 
@@ -129,12 +129,12 @@ def test_settings_out_of_range(coco_files, tmp_path):
             coco_files.shard(tmp_path / "out", **{name: 0})
     empty = dataclasses.replace(coco_files.read(), images=[])
     with pytest.raises(DataError, match="has no images"):
-        write_shards(empty, tmp_path / "out")
+        shard_dataset(empty, tmp_path / "out")
 
 
 def test_an_image_that_vanished_after_reading(coco_files, tmp_path):
     dataset = coco_files.read()
     coco_files.image(1).unlink()
     with pytest.raises(DataError, match=r"b.jpg: the image can't be read \(No such file"):
-        write_shards(dataset, tmp_path / "out", progress=False)
+        shard_dataset(dataset, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

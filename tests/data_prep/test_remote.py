@@ -15,7 +15,7 @@ import pytest
 from convnext_yolo.data_prep.cache import CacheOptions
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.reader import ShardReader
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 
 from .conftest import noise
 
@@ -30,7 +30,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `noise`: 400 pictures in 5 shards of 10 chunks."""
     folder = tmp_path_factory.mktemp("many")
     root = tmp_path_factory.mktemp("served")
-    write_shards(noise(folder, 400), root / "noise", samples_per_shard=80, progress=False)
+    shard_dataset(noise(folder, 400), root / "noise", samples_per_shard=80, progress=False)
     return root
 
 
@@ -117,7 +117,7 @@ def test_what_the_servers_say_of_mistakes(
     kind: str, serve_shards: Callable[..., Any], tmp_path: Path
 ) -> None:
     root = tmp_path / "served"
-    write_shards(noise(tmp_path, 20), root / "few", samples_per_shard=10, progress=False)
+    shard_dataset(noise(tmp_path, 20), root / "few", samples_per_shard=10, progress=False)
     shard = root / "few/shard-000001.tar"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:100])

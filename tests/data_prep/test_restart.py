@@ -17,7 +17,7 @@ import pytest
 from convnext_yolo.data_prep import tar_writer
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.samples import encode_annotations
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.data_prep.verify import verify
 
 from .conftest import picture
@@ -55,7 +55,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(
     interrupted_at(1, exception)
     expected = DataError if isinstance(exception, OSError) else type(exception)
     with pytest.raises(expected) as caught:
-        write_shards(dataset, tmp_path / "new" / "out", samples_per_shard=2, progress=False)
+        shard_dataset(dataset, tmp_path / "new" / "out", samples_per_shard=2, progress=False)
     if expected is DataError:
         assert "new/out: the shards can't be written (No space left on device)" in str(caught.value)
     assert not (tmp_path / "new").exists()
@@ -134,7 +134,7 @@ SCRIPT = """
 import dataclasses, sys
 from pathlib import Path
 from convnext_yolo.data_prep.formats import read_coco
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     dataset.images[:] = [  # long enough to be interrupted
         dataclasses.replace(dataset.images[i % 5], id=i) for i in range(6000)
     ]
-    write_shards(dataset, Path(sys.argv[2]), samples_per_shard=500, workers=int(sys.argv[3]))
+    shard_dataset(dataset, Path(sys.argv[2]), samples_per_shard=500, workers=int(sys.argv[3]))
 """
 
 

@@ -19,7 +19,7 @@ from convnext_yolo.data_prep.findings import Findings
 from convnext_yolo.data_prep.formats import DetectionDataset, ImageRecord, read_coco
 from convnext_yolo.data_prep.manifest import Manifest
 from convnext_yolo.data_prep.samples import encode_annotations
-from convnext_yolo.data_prep.shard import shard_dataset, write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.data_prep.verify import verify
 
 # Two processes that import torch: seconds.
@@ -209,5 +209,5 @@ def test_annotations_survive_the_round_trip(boxes, image_id, file_name):
 @pytest.mark.parametrize("name", ["bccd", "coco_mini"])
 def test_bundled_data(datasets, tmp_path, name):
     dataset = read_coco(datasets / name / "instances_val.json", datasets / name / "images" / "val")
-    write_shards(dataset, tmp_path / "out", samples_per_shard=50, progress=False)
+    shard_dataset(dataset, tmp_path / "out", samples_per_shard=50, progress=False)
     assert verify(tmp_path / "out", progress=False) == []

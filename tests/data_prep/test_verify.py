@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from convnext_yolo.data_prep import verify as verify_module
 from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.verify import verify
 
@@ -262,12 +261,3 @@ def test_a_killed_worker_is_one_sentence(endless, monkeypatch):
     with pytest.raises(DataError, match="A process that read shards was killed"):
         verify(endless, workers=2)
     assert not multiprocessing.active_children()
-
-
-def test_signals_wait_while_workers_start():
-    done = False
-    with pytest.raises(KeyboardInterrupt), verify_module._held_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        done = True
-    assert done
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

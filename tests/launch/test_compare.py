@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from convnext_yolo.launch import compare
 from convnext_yolo.recipes import state
 from convnext_yolo.recipes.load import load_recipe
@@ -36,6 +34,11 @@ def test_a_run_is_begun_gone_on_with_begun_anew_or_left(tmp_path, monkeypatch) -
     assert compare._training(RECIPE, 1, run) == []
 
 
-@pytest.mark.parametrize("design", compare.RECIPES)
-def test_its_recipes_are_there(design: str) -> None:
-    load_recipe([RECIPE.parent / compare.RECIPES[design].name])
+def test_its_recipes_differ_in_the_design_alone() -> None:
+    study, ours = (
+        load_recipe([RECIPE.parent / compare.RECIPES[design].name], [*compare.KEYS, "--run", "r"])
+        for design in ("study", "ours")
+    )
+    assert (study.model.name, ours.model.name) == ("seed_convnext_yolo", "convnext_yolo")
+    assert study.model.backbone == ours.model.backbone
+    assert study.model_dump(exclude={"model"}) == ours.model_dump(exclude={"model"})

@@ -1,6 +1,8 @@
-"""A small detector and random scenes of objects, for all tests of the room."""
+"""A small detector, its weights, and random scenes of objects, for all tests of the room."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from convnext_yolo.model.assign import Targets
+from convnext_yolo.model.detector import build_detector
+from convnext_yolo.model.weights import WeightsInfo, save_weights
 
 COCO_ANCHORS = (
     ((10, 13), (16, 30), (33, 23)),
@@ -32,6 +36,37 @@ def architecture() -> dict[str, Any]:
         "neck_repeats": 1,
         "anchors": COCO_ANCHORS,
     }
+
+
+@pytest.fixture(scope="session")
+def info(architecture) -> WeightsInfo:
+    return WeightsInfo(
+        architecture=architecture,
+        classes=({"id": 1, "name": "red"}, {"id": 4, "name": "größer"}, {"id": 9, "name": "c"}),
+        image_px=(64, 96),
+        step=1234,
+        recipe="run: runs/x\nseed: 0\n",
+        metrics={"AP": 0.5, "AP50": 0.75},
+    )
+
+
+@pytest.fixture(scope="session")
+def tensors(architecture) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return build_detector(architecture).state_dict()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, tensors, info) -> Path:
+    """Weights of the small detector, in a file that tests leave as it is."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_weights(path, tensors, info)
+    # safetensors writes its header in another order every time, and tests want the same bytes.
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+"""Exported weights: what is written is read back, and nothing damaged or foreign is."""
+
 import json
 import random
 
@@ -7,47 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convnext_yolo.model import weights
-from convnext_yolo.model.detector import build_detector
 from convnext_yolo.model.errors import WeightsError
 from convnext_yolo.model.weights import (
     WeightsInfo,
-    begin_from,
     load_detector,
     read_info,
     save_weights,
     tensors_sha256,
 )
-
-
-@pytest.fixture(scope="module")
-def info(architecture) -> WeightsInfo:
-    return WeightsInfo(
-        architecture=architecture,
-        classes=({"id": 1, "name": "red"}, {"id": 4, "name": "größer"}, {"id": 9, "name": "c"}),
-        image_px=(64, 96),
-        step=1234,
-        recipe="run: runs/x\nseed: 0\n",
-        metrics={"AP": 0.5, "AP50": 0.75},
-    )
-
-
-@pytest.fixture(scope="module")
-def tensors(architecture) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return build_detector(architecture).state_dict()
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, tensors, info):
-    """A weights file that tests leave as it is."""
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_weights(path, tensors, info)
-    # safetensors writes its header in another order every time, and tests want the same bytes.
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
-    return path
 
 
 def rewrite(source, target, **metadata: str | None):
@@ -267,57 +236,3 @@ def test_a_place_that_can_not_be_written(tmp_path, tensors, info):
     with pytest.raises(WeightsError, match="folder: can't be written"):
         save_weights(tmp_path / "folder", tensors, info)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
-
-
-def test_fine_tuning_begins_with_all_but_the_other_classes(tmp_path, exported, info):
-    """More classes than the file's: the head's outputs are new, everything else is the file's."""
-    detector = build_detector(info.architecture | {"classes": 5})
-    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    fresh = begin_from(detector, exported, "abcde")
-    theirs = load_detector(exported)[0].state_dict()
-    assert fresh and all(name.startswith("head.convs.") for name in fresh)
-    for name, tensor in detector.state_dict().items():
-        assert torch.equal(tensor, before[name] if name in fresh else theirs[name]), name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"neck_repeats": 2}, "is not in the file; give weights of the same model"),
-        ({"neck_channels": [8, 16, 32]}, "needs"),
-        ({"anchors": [[[1, 2]] * 3] * 3}, "set model.anchors to these"),
-    ],
-)
-def test_fine_tuning_of_another_model_is_refused(exported, info, change, message):
-    detector = build_detector(info.architecture | change)
-    with pytest.raises(WeightsError, match=message):
-        begin_from(detector, exported, [entry["name"] for entry in info.classes])
-
-
-def test_fine_tuning_on_the_same_classes_begins_with_everything(exported, info):
-    detector = build_detector(info.architecture)
-    names = [entry["name"] for entry in info.classes]
-    assert begin_from(detector, exported, names) == []
-    theirs = load_detector(exported)[0].state_dict()
-    assert all(torch.equal(t, theirs[name]) for name, t in detector.state_dict().items())
-    # The same classes in another order are other classes.
-    assert begin_from(build_detector(info.architecture), exported, names[::-1])
-
-
-def test_fine_tuning_ours_knows_classes_from_bins(tmp_path):
-    design = {
-        **{"name": "convnext_yolo", "classes": 3, "backbone": {"name": "test_convnext"}},
-        **{"neck_channels": [8, 16, 24], "neck_repeats": 1, "head_channels": 16},
-        **{"head_convs": 1, "distance_bins": 8},
-    }
-    classes = tuple({"id": i, "name": name} for i, name in enumerate("abc"))
-    save_weights(
-        tmp_path / "w.safetensors",
-        build_detector(design).state_dict(),
-        WeightsInfo(design, classes, (64, 64)),
-    )
-    path, more = tmp_path / "w.safetensors", build_detector(design | {"classes": 7})
-    fresh = begin_from(more, path, "abcdefg")
-    assert len(fresh) == 6 and all(name.startswith("head.cls_convs.") for name in fresh)
-    with pytest.raises(WeightsError, match=r"head\.box_convs\.0\.weight has the shape"):
-        begin_from(build_detector(design | {"distance_bins": 16}), path, "abc")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from convnext_yolo.data_prep.formats import read_coco
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.recipes.tracking import read_metrics
 
 BIN = Path(sys.executable).parent
@@ -152,7 +152,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Pat
     folder = tmp_path_factory.mktemp("shards")
     cells = read_coco(datasets / "bccd/instances_val.json", datasets / "bccd/images/val")
     for split in ("train", "val"):
-        write_shards(cells, folder / split, samples_per_shard=30, progress=False)
+        shard_dataset(cells, folder / split, samples_per_shard=30, progress=False)
     return folder
 
 

@@ -25,7 +25,7 @@ from convnext_yolo.recipes.config import COCO_ANCHORS
 from convnext_yolo.recipes.onnx_export import (
     ExportError,
     Suppression,
-    compare,
+    difference_px,
     export_onnx,
     trace,
     with_suppression,
@@ -106,7 +106,7 @@ def test_decoded_predictions_are_the_predictors(
         expected = predictor.detector.decode(raw)
     for found, wanted in zip(run(model, pictures(batch)), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-3)
-    assert compare(model, predictor.detector, IMAGE_PX) < 1e-3
+    assert difference_px(model, predictor.detector, IMAGE_PX) < 1e-3
 
 
 @pytest.mark.parametrize(("confidence", "iou"), [(0.25, 0.45), (0.01, 0.98), (1.0, 0.5)])
@@ -186,7 +186,7 @@ def test_mistakes_are_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             export_onnx(weights, output)
     monkeypatch.setattr(onnx_export, "trace", lambda *_: None)
     with monkeypatch.context() as patched:
-        patched.setattr(onnx_export, "compare", lambda *_: float("nan"))
+        patched.setattr(onnx_export, "difference_px", lambda *_: float("nan"))
         with pytest.raises(ExportError, match="nan px off PyTorch's"):
             export_onnx(weights, output)
     assert not output.exists()

@@ -18,7 +18,7 @@ from convnext_yolo.data_prep.errors import DataError
 from convnext_yolo.data_prep.formats import read_coco
 from convnext_yolo.data_prep.loader import training_batches
 from convnext_yolo.data_prep.reader import ShardReader
-from convnext_yolo.data_prep.shard import write_shards
+from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.data_prep.stream import BatchPlan
 from convnext_yolo.launch.cli import main
 from convnext_yolo.recipes.config import Recipe
@@ -63,7 +63,7 @@ def shards(tmp_path: Path) -> Path:
     document = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "instances.json").write_text(json.dumps(document))
     dataset = read_coco(tmp_path / "instances.json", folder)
-    write_shards(dataset, tmp_path / "shards", samples_per_shard=2, progress=False)
+    shard_dataset(dataset, tmp_path / "shards", samples_per_shard=2, progress=False)
     return tmp_path / "shards"
 
 
@@ -176,7 +176,7 @@ def test_many_classes_and_no_boxes(tmp_path):
     }
     (tmp_path / "instances.json").write_text(json.dumps(document))
     dataset = read_coco(tmp_path / "instances.json", tmp_path)
-    write_shards(dataset, tmp_path / "shards", progress=False)
+    shard_dataset(dataset, tmp_path / "shards", progress=False)
     recipe = recipe_of(tmp_path / "shards", batch={"global": 1, "micro": 1})
     statistics = preview(recipe, tmp_path / "p.png", samples=1)
     assert imread(tmp_path / "p.png").std() > 0.05
