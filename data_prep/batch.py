@@ -97,7 +97,9 @@ def join(parts: Sequence[Part], pixels: Sequence[Tensor]) -> Batch:
         parts: of one micro-batch, finished samples.
         pixels: of each part; they are copied, so that their memory can be used again.
     """
-    images = new_pixels(sum(map(len, pixels)), pixels[0])
+    # Pinned, they go to a GPU while it works.
+    shape = (sum(map(len, pixels)), *pixels[0].shape[1:])
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     for i, frames in enumerate(pixels):
         images[i :: len(parts)] = frames
     return make_batch(
@@ -107,12 +109,6 @@ def join(parts: Sequence[Part], pixels: Sequence[Tensor]) -> Batch:
         _in_turn([part.image_ids for part in parts]),
         corrupt=tuple(corrupt for part in parts for corrupt in part.corrupt),
     )
-
-
-def new_pixels(count: int, like: Tensor) -> Tensor:
-    """Frames to copy others into; pinned, so that they go to a GPU while it works."""
-    shape = (count, *like.shape[1:])
-    return torch.empty(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
 
 
 def _in_turn(parts: Sequence[Sequence[Any]]) -> list[Any]:

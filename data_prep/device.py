@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import FILL, Picture
-from .batch import Batch, Part, Place, make_batch, new_pixels
+from .batch import Batch, Part, Place, make_batch
 from .order import WINDOW
 from .stream import Kept, Made, TrainStream
 
@@ -37,8 +37,7 @@ class DeviceComposer:
             parts: pictures, all that it needs beside those of parts before.
             pixels: of each part, `[F, H, W, 3]` uint8; they are copied.
         """
-        for part, frames in zip(parts, pixels, strict=True):
-            self._keep(part, frames)
+        self.keep(parts, pixels)
         steps, turn = divmod(self._done, self.stream.plan.accumulation)
         step = self.stream.start_step + steps
         self._done += 1
@@ -57,13 +56,19 @@ class DeviceComposer:
     def _kept(self, lane: int, step: int) -> Kept:
         return self.windows[lane, step]
 
-    def _keep(self, part: Part, frames: Tensor) -> None:
-        copied = new_pixels(len(frames), frames).copy_(frames)
-        bytes_of = copied.to(self.device, non_blocking=True).flatten(1)
-        for i, (place, (height, width)) in enumerate(zip(part.places, part.sizes, strict=True)):
-            image = bytes_of[i, : height * width * 3].view(height, width, 3)
-            picture = Picture(image, part.boxes_xyxy[i], part.labels[i])
-            self.windows[place] = Kept(picture, part.image_ids[i])
+    def keep(self, parts: Sequence[Part], pixels: Sequence[Tensor]) -> None:
+        """Takes pictures into the windows; the arguments are those of `compose`."""
+        for part, frames in zip(parts, pixels, strict=True):
+            for i, (place, (height, width)) in enumerate(zip(part.places, part.sizes, strict=True)):
+                image = frames[i].view(-1)[: height * width * 3].view(height, width, 3)
+                picture = Picture(self._moved(image), part.boxes_xyxy[i], part.labels[i])
+                self.windows[place] = Kept(picture, part.image_ids[i])
+
+    def _moved(self, image: Tensor) -> Tensor:
+        """A copy on the device: the workers write over the original."""
+        if self.device.type == "cpu":
+            return image.clone()
+        return image.pin_memory().to(self.device, non_blocking=True)
 
     def _render(self, sample: Made) -> Tensor:
         """`[H, W, 3]` uint8."""

@@ -1,8 +1,9 @@
 """`bench loader`: the training pipeline next to what its own decoder could do at best.
 
 Decoding each picture once, at full size, is what no pipeline can do without; the share of that
-rate that is left for whole training samples is the figure of merit. Turns of decoding alone and of
-the pipeline alternate, with as many processes each, so that a machine that slows down slows both.
+rate that is left for whole training samples is the figure of merit. Both are taken per second of a
+core's time, so that what else runs on the machine does not enter, in turns that alternate, with as
+many processes each, so that a machine that slows down slows both.
 """
 
 import multiprocessing
@@ -26,8 +27,9 @@ from ..data_prep.augment import (
     place_boxes,
     render,
 )
-from ..data_prep.batch import join, new_pixels
+from ..data_prep.batch import join
 from ..data_prep.decode import decode_image
+from ..data_prep.device import DeviceComposer
 from ..data_prep.loader import parts_of_batches
 from ..data_prep.order import WINDOW
 from ..data_prep.reader import Sample, ShardReader
@@ -56,14 +58,15 @@ TURNS = 5
 
 @dataclass(frozen=True)
 class LoaderSpeed:
-    """The pipeline at one number of workers. Rates: images a second of wall time, medians."""
+    """The pipeline at one number of workers. Medians of turns."""
 
     workers: int
     composed_on: str  # "cpu": by the workers; "device": by the training device, not counted here
-    images_per_s: float
-    images_per_s_per_core: float
+    images_per_s: float  # of wall time, all workers
+    images_per_s_per_core: float  # of the workers' time on their cores
     decode_per_s_per_core: float  # of as many processes that only decode
-    ratio_to_decode: float
+    ratio_to_decode: float  # of the two before
+    rank_ms: float  # that the rank's own process spends on an image
     worker_mib: float  # memory of one worker that it shares with nobody
 
 
@@ -100,6 +103,7 @@ def bench_loader(shards: str, batches: int, workers: Sequence[int] = (1, 2)) -> 
         DataError: the shards can't be read.
     """
     keep_freed_memory(torch.device("cpu"))
+    torch.set_num_threads(1)  # as launchers have it; threads that wait for work look busy
     started_s = time.perf_counter()
     reader = _CountingReader(shards)
     parts = iter(_stream(reader, on_device=False))
@@ -132,11 +136,12 @@ def _stream(reader: ShardReader, on_device: bool) -> TrainStream:
 
 
 def _batches(stream: TrainStream, workers: int) -> Generator[None, None, None]:
-    """Micro-batches as the cores leave them: joined, or copied to where a device takes them."""
+    """Micro-batches as the cores leave them: joined, or taken to where a device composes them."""
+    composer = DeviceComposer(stream, torch.device("cpu"))
     for parts, pixels in parts_of_batches(stream, workers):
         if stream.on_device:
-            for frames in pixels:
-                new_pixels(len(frames), frames).copy_(frames)
+            composer.windows.clear()
+            composer.keep(parts, pixels)
         else:
             join(parts, pixels)
         yield
@@ -154,32 +159,36 @@ def _speed(
     made = _batches(_stream(reader, on_device), workers)
     for _ in range(WINDOW):  # until every lane's window is full
         next(made)
-    memory_mib = [_own_mib(child.pid) for child in multiprocessing.active_children()]
-    rates, decoding = [], []
+    children = [child.pid for child in multiprocessing.active_children()]
+    memory_mib = [_own_mib(pid) for pid in children]
+    images = batches * MICRO_BATCH
+    wall, own, pipeline, decoding = [], [], [], []
     # Forked, so that the pictures need not be sent.
     with multiprocessing.get_context("fork").Pool(workers, _hold, (encoded,)) as pool:
         shares = [range(i, len(encoded), workers) for i in range(workers)]
         for _ in range(TURNS):
             pool.map(_decode, shares, chunksize=1)  # while the pipeline still fills its queue
-            started_s = time.perf_counter()
-            pool.map(_decode, shares, chunksize=1)
-            decoding.append(len(encoded) / (time.perf_counter() - started_s))
+            decoding.append(len(encoded) / sum(pool.map(_decode, shares, chunksize=1)))
             for _ in range(2 * PREFETCH):  # what was made meanwhile
                 next(made)
-            started_s = time.perf_counter()
+            started_s, own_s = time.perf_counter(), time.process_time()
+            before_s = sum(map(_core_s, children))
             for _ in range(batches):
                 next(made)
-            rates.append(batches * MICRO_BATCH / (time.perf_counter() - started_s))
+            pipeline.append(images / (sum(map(_core_s, children)) - before_s))
+            wall.append(images / (time.perf_counter() - started_s))
+            own.append((time.process_time() - own_s) / images)
             advance()
     made.close()
-    rate, decode = statistics.median(rates), statistics.median(decoding)
+    rate, decode = statistics.median(pipeline), statistics.median(decoding)
     return LoaderSpeed(
         workers=workers,
         composed_on="device" if on_device else "cpu",
-        images_per_s=round(rate, 1),
-        images_per_s_per_core=round(rate / workers, 1),
-        decode_per_s_per_core=round(decode / workers, 1),
+        images_per_s=round(statistics.median(wall), 1),
+        images_per_s_per_core=round(rate, 1),
+        decode_per_s_per_core=round(decode, 1),
         ratio_to_decode=round(rate / decode, 3),
+        rank_ms=round(statistics.median(own) * 1e3, 3),
         worker_mib=round(statistics.mean(memory_mib), 1),
     )
 
@@ -194,9 +203,18 @@ def _hold(encoded: Sequence[bytes]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _decode(positions: range) -> None:
+def _decode(positions: range) -> float:
+    """Seconds of core time that these pictures take."""
+    started_s = time.process_time()
     for position in positions:
         decode_image(_held[position])
+    return time.process_time() - started_s
+
+
+def _core_s(pid: int | None) -> float:
+    """Seconds that a process has been on a core, all of its threads."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(path.read_text(encoding="ascii").split()[0]) for path in threads) / 1e9
 
 
 def _own_mib(pid: int | None) -> float:
@@ -241,14 +259,19 @@ def format_loader(report: LoaderReport) -> str:
         f"{report.samples} samples, {width}x{height} px, mosaic, scale, flip, colour: "
         f"{report.decodes_per_sample} decodes a sample, first batch after {report.first_batch_s} s",
         "",
-        "workers composed on    img/s   a core decoding  share   MiB",
+        "workers composed on    img/s   a core decoding  share rank ms   MiB",
     ]
     lines += [
         f"{s.workers:>7} {s.composed_on:11} {s.images_per_s:>8.1f} {s.images_per_s_per_core:>8.1f} "
-        f"{s.decode_per_s_per_core:>8.1f} {s.ratio_to_decode:>6.2f} {s.worker_mib:>5.0f}"
+        f"{s.decode_per_s_per_core:>8.1f} {s.ratio_to_decode:>6.2f} {s.rank_ms:>7.2f} "
+        f"{s.worker_mib:>5.0f}"
         for s in report.speeds
     ]
-    lines += ["", "decoding: images a second and core of the same decoder alone, same run"]
+    lines += [
+        "",
+        "img/s: of wall time, all workers; a core: of a second of a worker's core time; decoding:",
+        "that of the same decoder alone, same run; rank ms: of the rank's own process, an image",
+    ]
     stages = ", ".join(f"{name} {ms:.2f}" for name, ms in report.stage_ms.items())
     return "\n".join([*lines, f"ms a sample in one process: {stages}"])
 
