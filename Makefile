@@ -21,7 +21,7 @@ help:  ## this list
 quickstart: $(VENV)/.installed  ## install, then shard, train, evaluate and export on the bundled data
 	$(BIN)/python -m convnext_yolo.launch.quickstart
 
-compare: $(VENV)/.installed  ## the study's design against ours, two seeds each: 12 minutes
+compare: $(VENV)/.installed  ## the study's design against ours, two seeds each: 15 minutes
 	$(BIN)/python -m convnext_yolo.launch.compare
 
 test: lint types contracts  ## install, then every check, real processes and browser included
