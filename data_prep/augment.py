@@ -2,7 +2,7 @@
 
 First numbers are drawn (`Draw`), then a `Layout` says which rectangle of which picture is
 stretched onto which rectangle of the frame; boxes follow from it exactly. Whoever has the
-pixels renders it: `render` here with OpenCV, `device.DeviceRenderer` with torch. A picture's zoom
+pixels renders it: `render` here with OpenCV, `device.DeviceComposer` with torch. A picture's zoom
 is that which fits it to the frame times the sample's, and it is resized once, straight into the
 result: pasting four on a canvas of twice the size and warping that costs five times as much.
 

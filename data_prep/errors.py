@@ -8,6 +8,7 @@ class DataError(Exception):
     """
 
     exit_code = 2
+    on_one_rank = False  # others know nothing of it: this one must speak
 
 
 class CorruptSampleError(DataError):

@@ -19,7 +19,7 @@ class Quarantine:
 
     Args:
         folder: of the run; what an earlier part of the run has written there counts.
-        data: folder or URL of the training shards.
+        shard: name of any training shard, as errors give it.
         samples: how many they hold.
         limit: share of them that may be corrupt.
         writes: whether this process keeps the file.
@@ -28,12 +28,12 @@ class Quarantine:
         DataError: the ledger can't be read.
     """
 
-    def __init__(self, folder: Path, data: str, samples: int, limit: float, writes: bool):
+    def __init__(self, folder: Path, shard: str, samples: int, limit: float, writes: bool):
         self.path, self.writes = folder / LEDGER_NAME, writes
         self.samples, self.limit = samples, limit
         self._written = self._read()
-        prefix = data.rstrip("/") + "/"
-        self._corrupt = {place for place in self._written if place[0].startswith(prefix)}
+        beside = shard.rpartition("/")[0]
+        self._corrupt = {place for place in self._written if place[0].rpartition("/")[0] == beside}
 
     def add(self, found: Iterable[Corrupt]) -> list[Corrupt]:
         """Writes down training samples; returns those that are new.
@@ -41,10 +41,12 @@ class Quarantine:
         Raises:
             DataError: they have become too many.
         """
-        new = [corrupt for corrupt in dict.fromkeys(found) if _place(corrupt) not in self._corrupt]
+        met = dict.fromkeys(found)
+        new = [corrupt for corrupt in met if _place(corrupt) not in self._corrupt]
         self._corrupt |= {_place(corrupt) for corrupt in new}
         self.note(new)
-        if new and len(self._corrupt) > self.limit * self.samples:
+        # Not what an earlier part of the run has found alone: it may be mended since.
+        if met and len(self._corrupt) > self.limit * self.samples:
             raise DataError(
                 f"{len(self._corrupt)} of {self.samples} samples are corrupt, more than "
                 f"data.corrupt_limit = {self.limit:g} allows; {self.path} lists them, and "
@@ -64,8 +66,12 @@ class Quarantine:
 
     def _read(self) -> set[tuple[str, str]]:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            return {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
+            text = self.path.read_text(encoding="utf-8")
+            whole, _, torn = text.rpartition("\n")
+            if torn and self.writes:  # a machine that went down while it wrote
+                self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+            entries = [json.loads(line) for line in whole.splitlines()]
+            return {(entry["shard"], entry["key"]) for entry in entries}
         except FileNotFoundError:
             return set()
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -144,7 +144,7 @@ class ShardReader:
             raise self._corrupt(position, str(error)) from None
         try:
             return picture, json.loads(annotations)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._corrupt(position, f"has broken JSON, {error}") from None
 
     def decode(self, position: int, out: np.ndarray | None = None) -> Sample:
@@ -159,7 +159,7 @@ class ShardReader:
         """
         encoded, annotations = self.read(position)
         try:
-            return Sample(
+            sample = Sample(
                 image=decode_image(encoded, out),
                 boxes_xyxy=np.array(annotations["boxes"], np.float32).reshape(-1, 4),
                 labels=np.array(annotations["labels"], np.int64),
@@ -167,10 +167,24 @@ class ShardReader:
                 area=np.array(annotations["area"], np.float32),
                 image_id=annotations["image_id"],
             )
+            self._check(sample, (annotations["height"], annotations["width"]))
         except KeyError as error:
             raise self._corrupt(position, f"lacks {error} in its JSON") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise self._corrupt(position, str(error)) from None
+        return sample
+
+    def _check(self, sample: Sample, size: tuple[int, int]) -> None:
+        """Raises ValueError where well-formed JSON says what can't be; `verify` looks closer."""
+        count = len(sample.labels)
+        if any(len(column) != count for column in (sample.boxes_xyxy, sample.crowd, sample.area)):
+            raise ValueError("has boxes, labels, crowd and area of different lengths")
+        if count and not 0 <= sample.labels.min() <= sample.labels.max() < len(self.classes):
+            raise ValueError(f"has labels outside the {len(self.classes)} classes")
+        if not np.isfinite(sample.boxes_xyxy).all():
+            raise ValueError("has boxes that are not finite")
+        if sample.image.shape[:2] != size:
+            raise ValueError(f"has a picture of {sample.image.shape[:2]} px, annotated as {size}")
 
     def sizes_px(self) -> np.ndarray:
         """Width and height of every picture, `[n, 2]`, from the manifest (no pickled copy's)."""

@@ -5,10 +5,14 @@ clear as the pictures took to decode. This is mapped once, before the workers ar
 used in turn.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from .errors import DataError
 
 PREFETCH = 2  # parts that a worker makes ahead; torch's loader asks for no more
 
@@ -23,11 +27,23 @@ class FrameRing:
         workers: processes that write.
         frames: of a slot.
         frame_px: height and width of a frame.
+
+    Raises:
+        DataError: there is not enough shared memory.
     """
 
     def __init__(self, workers: int, frames: int, frame_px: tuple[int, int]):
         shape = (workers, PREFETCH + 1, frames, *frame_px, 3)
-        self._pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        try:
+            self._pixels = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            raise DataError(
+                f"the loader's {workers} processes need {math.prod(shape) / 2**20:.0f} MiB of "
+                "shared memory for each rank, and there is less; give more (of Docker: "
+                "--shm-size), or set data.workers to 0"
+            ) from None
         self._written = 0  # parts, by this worker
         self._read = [0] * workers
 

@@ -31,7 +31,17 @@ def load(data: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
         # torch packs a worker's whole traceback into the text; the sentence ends it.
         sentence = str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()
         error.__traceback__ = None  # it holds the loader, and that its workers
-    raise DataError(sentence)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        sentence = (
+            "a loader process was killed, most likely as memory ran out; take fewer data.workers, "
+            "or give the job more memory"
+        )
+        error.__traceback__ = None
+    failure = DataError(sentence)
+    failure.on_one_rank = True
+    raise failure
 
 
 def _start(_: int) -> None:

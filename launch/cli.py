@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        if os.environ.get("RANK", "0") == "0":  # many processes find the same mistake
+        # Many processes find the same mistake, unless it came up in the midst of one's work.
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_one_rank", False):
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return int(code)
     finally:

@@ -124,12 +124,12 @@ def _verify(commands: Commands) -> None:
     parser = add_command(
         commands, "verify", "re-read and re-hash a folder of shards", _VERIFY_EPILOG
     )
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
+    parser.add_argument("shards", metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument(
         "--workers",
         type=whole_number,
         metavar="N",
-        help="processes; default: up to 4, or 1 for a small folder",
+        help="processes; default: up to 4, or 1 for a small folder, or the recipe's with --stream",
     )
     parser.add_argument("--images", action="store_true", help="decode every picture as well")
     stream = parser.add_argument_group("the training stream")
@@ -166,7 +166,7 @@ def _print_stream(options: argparse.Namespace) -> None:
     recipe = load_recipe([recipe_path(name) for name in options.config])
     workers = recipe.data.workers if options.workers is None else options.workers
     digests = stream_digests(
-        recipe, str(options.shards), options.world_size or 1, workers, options.start or 0
+        recipe, options.shards, options.world_size or 1, workers, options.start or 0
     )
     for _, (step, digest) in zip(range(options.batches or 10), digests, strict=False):
         print(f"batch {step} {digest}", flush=True)
@@ -177,10 +177,16 @@ def _print_problems(options: argparse.Namespace) -> None:
     from ..data_prep.manifest import Manifest
     from ..data_prep.verify import verify
 
-    problems = verify(options.shards, options.workers, options.images)
+    if "://" in options.shards:
+        raise DataError(
+            f"{options.shards}: verify reads folders; every chunk that a run reads from a URL is "
+            "checked against its digest, and --stream takes a URL too"
+        )
+    folder = Path(options.shards)
+    problems = verify(folder, options.workers, options.images)
     if problems:
         raise DataError("\n".join(problems))
-    manifest = Manifest.load(options.shards)
+    manifest = Manifest.load(folder)
     shards = len(manifest.shards)
     decoded = ", every picture decoded" if options.images else ""
     print(f"{options.shards}: {manifest.samples} samples in {shards} shard(s), all good{decoded}")

@@ -30,6 +30,7 @@ from ..data_prep.augment import (
 from ..data_prep.batch import join
 from ..data_prep.decode import decode_image
 from ..data_prep.device import DeviceComposer
+from ..data_prep.errors import DataError
 from ..data_prep.loader import parts_of_batches
 from ..data_prep.order import WINDOW
 from ..data_prep.reader import Sample, ShardReader
@@ -106,6 +107,8 @@ def bench_loader(shards: str, batches: int, workers: Sequence[int] = (1, 2)) -> 
     torch.set_num_threads(1)  # as launchers have it; threads that wait for work look busy
     started_s = time.perf_counter()
     reader = _CountingReader(shards)
+    if len(reader) < MICRO_BATCH:
+        raise DataError(f"{shards}: has {len(reader)} samples; give shards of at least 16")
     parts = iter(_stream(reader, on_device=False))
     next(parts)
     first_batch_s = time.perf_counter() - started_s

@@ -102,7 +102,7 @@ class Run:
         self.total_steps = total_steps(self.steps_per_epoch, recipe.schedule)
         limit = recipe.data.corrupt_limit
         self.quarantine = Quarantine(
-            self.folder, recipe.data.train, len(reader), limit, world.is_main
+            self.folder, reader.source.where(0), len(reader), limit, world.is_main
         )
         self.tracker = self._start_tracker(checkpoint) if world.is_main else None
         self.stop_asked = False

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+# A shell's background job ignores Ctrl-C, and hands that down to what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # component: (programs, any of which will do; how to get one)
 _COMPONENTS = {

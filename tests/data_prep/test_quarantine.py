@@ -13,7 +13,7 @@ VAL = Corrupt("shards/val/s-0.tar", "000000000000", "is cut short")
 
 
 def ledger(folder, limit=0.5, writes=True, samples=4):
-    return Quarantine(folder, "shards/train", samples, limit, writes)
+    return Quarantine(folder, "shards/train/s-9.tar", samples, limit, writes)
 
 
 def test_each_sample_is_written_once(tmp_path):
@@ -46,7 +46,26 @@ def test_ranks_that_do_not_write_count_as_well(tmp_path):
         silent.add([C])
 
 
-@pytest.mark.parametrize("content", ["no json", '{"shard": 1}', "[3]", "\xff"])
+def test_a_run_that_is_started_again_ends_again_unless_its_data_are_mended(tmp_path):
+    with pytest.raises(DataError):
+        ledger(tmp_path).add([A, B, C])
+    again = ledger(tmp_path)
+    with pytest.raises(DataError):
+        again.add([B])
+    assert ledger(tmp_path).add([]) == []
+
+
+def test_a_line_that_was_torn_off_is_forgotten(tmp_path):
+    ledger(tmp_path).add([A])
+    with (tmp_path / "quarantine.jsonl").open("a") as file:
+        file.write('{"shard": "s/a')
+    quarantine = ledger(tmp_path)
+    assert quarantine.add([A, B]) == [B]
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == [A.key, B.key]
+
+
+@pytest.mark.parametrize("content", ["no json\n", '{"shard": 1}\n', "[3]\n", "\xff\n"])
 def test_a_damaged_ledger_is_named(tmp_path, content):
     (tmp_path / "quarantine.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=r"quarantine\.jsonl: the quarantine ledger can't be read"):

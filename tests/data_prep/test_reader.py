@@ -13,7 +13,7 @@ from PIL import Image
 
 from convnext_yolo.data_prep import source as source_module
 from convnext_yolo.data_prep.decode import decode_image
-from convnext_yolo.data_prep.errors import DataError
+from convnext_yolo.data_prep.errors import CorruptSampleError, DataError
 from convnext_yolo.data_prep.reader import (
     FileReader,
     Sample,
@@ -253,3 +253,25 @@ def test_a_sample_cut_short_is_none_of_ours(cut):
     assert own_members(content, "7") is None
     with pytest.raises(ValueError):
         any_members(content, "7")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b'"labels":[1,0]', b'"labels":[100]', "different lengths"),
+        (b'"labels":[1,0]', b'"labels":[1,9]', "labels outside the 2 classes"),
+        (b'"labels":[1,0]', b'"labels":[-1,]', "broken JSON"),
+        (b'"height":32', b'"height":31', "annotated as (31, 48)"),
+        (b'"boxes":[[1.0', b'"boxes":[[NaN', "not finite"),
+        (b'"labels":[1,0]', b'"labels":"abc"', "a"),
+    ],
+)
+def test_well_formed_nonsense_is_corrupt(coco_files, tmp_path, old, new, words):
+    coco_files.shard(tmp_path / "shards", samples_per_shard=8)
+    shard = tmp_path / "shards" / "shard-000000.tar"
+    content = shard.read_bytes()
+    assert content.count(old) == 1
+    shard.write_bytes(content.replace(old, new.ljust(len(old))))
+    with pytest.raises(CorruptSampleError) as error:
+        ShardReader(tmp_path / "shards").decode(3)
+    assert words in str(error.value)

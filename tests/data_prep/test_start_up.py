@@ -34,7 +34,7 @@ class OnePicture(ShardReader):
         boxes = [[10.0, 10.0, 300.0, 200.0]]
         annotations = {"boxes": boxes, "labels": [0], "crowd": [False], "area": [55100.0]}
         image_id = int(self.source.entries[shard].image_ids[within])
-        return self.encoded, {**annotations, "image_id": image_id}
+        return self.encoded, {**annotations, "image_id": image_id, "height": 480, "width": 640}
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def test_a_mistake_in_the_data_is_one_sentence_from_a_worker_too(noise_shards, w
         with pytest.raises(DataError) as error:
             take(batches, 100)
         assert str(error.value) == "shard s.tar: picture p.jpg can't be decoded; mend it"
+        assert error.value.on_one_rank  # the command line prints it on any rank
     assert not multiprocessing.active_children()
 
 
@@ -72,6 +73,23 @@ def test_workers_leave_signals_to_their_rank(noise_shards):
     for worker in workers:
         worker.join(timeout=30)
         assert worker.exitcode == 0
+
+
+def test_a_worker_that_is_killed_is_a_sentence(noise_shards):
+    batches = batches_of(ShardReader(noise_shards), 2)
+    take(batches, 1)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(DataError, match=r"a loader process was killed.*take fewer data\.workers"):
+        take(batches, 20)
+
+
+def test_too_little_shared_memory_is_a_sentence(noise_shards, monkeypatch):
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(DataError, match=r"need \d+ MiB of shared memory .* --shm-size"):
+        take(batches_of(ShardReader(noise_shards), 2), 1)
 
 
 def test_workers_end_when_their_rank_terminates_them(noise_shards):
