@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from .decode import decode_image
-from .errors import RefusedError
+from .errors import DataError, RefusedError
 from .records import ImageRecord
 
 # MPO is a JPEG with further pictures behind it (phones, stereo cameras); decoders take the first.
@@ -19,6 +20,11 @@ _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp
 _PNG_END = b"IEND\xaeB`\x82"
 _EXIF_ORIENTATION = 0x0112
 _TURNED_BY_A_QUARTER = (5, 6, 7, 8)
+# A file that can't be read for these will not be readable the next time either.
+_LASTING = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ELOOP, errno.ENAMETOOLONG, None),
+}
 
 
 def check_image(data: bytes, record: ImageRecord) -> str:
@@ -64,11 +70,26 @@ def stored_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path, path) as image:
         _accepted(image, path)
+        # Nobody says which way the annotator saw it, and with no annotated size nothing tells.
+        if image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1):
+            raise RefusedError(
+                "image_turned",
+                f"{path}: its EXIF orientation turns it on display, and its boxes may be of "
+                "either; turn the stored pixels (`exiftran -ai`) and annotate those.",
+            )
         return image.size
 
 
-def unreadable(path: Path, error: OSError) -> RefusedError:
-    """What to raise where an image file can't be opened or read."""
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to raise where an image file can't be opened or read.
+
+    What may pass, such as a file server that is away, refuses no image: it ends the run.
+    """
+    if error.errno not in _LASTING:
+        return DataError(
+            f"{path}: the image can't be read ({error.strerror}); mend that and start again, to "
+            "go on from there."
+        )
     return RefusedError(
         "image_missing", f"{path}: the image can't be read ({error.strerror}); restore it."
     )
@@ -92,7 +113,9 @@ def _opened(source: bytes | Path, path: Path) -> Iterator[Image.Image]:
         raise RefusedError(
             "image_too_large", f"{path}: has too many pixels to decode; make the image smaller."
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # of all kinds, deep in Pillow's plugins
         if isinstance(source, Path) and isinstance(error, OSError) and error.errno:
             raise unreadable(path, error) from None
         raise _damaged(path, f"the image is damaged ({error})") from None

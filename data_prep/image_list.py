@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from .errors import DataError
@@ -38,7 +39,7 @@ def files_below(folder: Path, suffixes: tuple[str, ...], what: str) -> list[str]
 
 
 def read_image_list(path: Path) -> set[str]:
-    """The stems of the images that a list names, one a line, by path, file name or stem.
+    """The images that a list names, one a line, by path, file name or stem; without suffixes.
 
     Raises:
         DataError: the list can't be read or is empty.
@@ -50,13 +51,37 @@ def read_image_list(path: Path) -> set[str]:
         raise DataError(
             f"{path}: the list of images can't be read ({why}); give a text file with one a line."
         ) from None
-    stems = {_stem(line.strip()) for line in lines if line.strip()}
-    if not stems:
+    listed = {_without_suffix(line.strip()) for line in lines if line.strip()}
+    if not listed:
         raise DataError(f"{path}: the list of images is empty; name one a line.")
-    return stems
+    return listed
 
 
-def _stem(name: str) -> str:
-    """`images/12.5.jpg` → `12.5`, and `12.5` stays: only a picture's suffix is one."""
+def _without_suffix(name: str) -> str:
+    """`./train/12.5.jpg` → `train/12.5`, and `12.5` stays: only a picture's suffix is one."""
     path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
+    return str(path.with_suffix("") if path.suffix.lower() in SUFFIXES else path)
+
+
+def choose(names: Iterable[str], listed: set[str]) -> tuple[list[str], set[str]]:
+    """Those of the names that a list means, and those of the list that mean none of them.
+
+    Folders count as far as both have them: `train/1` is not `val/1`, and `1` is either.
+
+    Args:
+        names: files relative to their folder, with suffixes.
+        listed: of `read_image_list`.
+    """
+    by_stem: dict[str, list[tuple[str, ...]]] = {}
+    for entry in listed:
+        by_stem.setdefault(PurePosixPath(entry).name, []).append(PurePosixPath(entry).parts)
+    chosen, met = [], set()
+    for name in names:
+        parts = PurePosixPath(name).with_suffix("").parts
+        for other in by_stem.get(parts[-1], []):
+            common = min(len(parts), len(other))
+            if parts[-common:] == other[-common:]:
+                chosen.append(name)
+                met.add(str(PurePosixPath(*other)))
+                break
+    return chosen, listed - met

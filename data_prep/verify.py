@@ -67,7 +67,7 @@ def verify(
         disable=not progress,
     )
     with bar:
-        if min(workers, len(jobs)) == 1:
+        if min(workers, len(jobs)) <= 1:
             found = [verify_shard(job, bar.update) for job in jobs]
         else:
             found = _in_processes(jobs, min(workers, len(jobs)), bar.update)

@@ -21,7 +21,7 @@ from .class_list import read_class_names
 from .errors import DataError, RefusedError
 from .findings import Findings
 from .image_header import stored_size
-from .image_list import SUFFIXES, files_below, read_image_list
+from .image_list import SUFFIXES, choose, files_below, read_image_list
 from .records import Category, DetectionDataset
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -96,13 +96,11 @@ def _read_files(folder: Path, images: Path, chosen: Path | None, findings: Findi
     """All files whose image is there, in the order of their ids."""
     xmls = files_below(folder, (".xml",), "VOC XML files")
     if chosen is not None:
-        stems = read_image_list(Path(chosen))
-        xmls = [xml for xml in xmls if Path(xml).stem in stems]
-        absent = stems - {Path(xml).stem for xml in xmls}
+        xmls, absent = choose(xmls, read_image_list(Path(chosen)))
         findings.add_all(
             "image_missing",
             sorted(absent),
-            lambda stem: f"{chosen}: {stem!r} has no XML file in {folder}; restore it.",
+            lambda name: f"{chosen}: {name!r} has no XML file in {folder}; restore it.",
         )
         findings.images += len(absent)
     if not xmls:

@@ -20,7 +20,7 @@ from .class_list import read_class_names
 from .errors import DataError, RefusedError
 from .findings import Findings
 from .image_header import stored_size
-from .image_list import SUFFIXES, files_below, read_image_list
+from .image_list import SUFFIXES, choose, files_below, read_image_list
 from .records import Category, DetectionDataset
 
 
@@ -79,15 +79,15 @@ def _match(
     }
     names = files_below(images, SUFFIXES, "images")
     if chosen is not None:
-        stems = read_image_list(Path(chosen))
-        names = [name for name in names if PurePosixPath(name).stem in stems]
-        texts = {name for name in texts if PurePosixPath(name).stem in stems}
-        absent = stems - {PurePosixPath(name).stem for name in (*names, *texts)}
+        listed = read_image_list(Path(chosen))
+        names, without_image = choose(names, listed)
+        with_text, without_text = choose(texts, listed)
+        texts, absent = set(with_text), without_image & without_text
         findings.images += len(absent)
         findings.add_all(
             "image_missing",
             sorted(absent),
-            lambda stem: f"{chosen}: {stem!r} is not in {images}; restore it.",
+            lambda name: f"{chosen}: {name!r} is not in {images}; restore it.",
         )
     if not names:
         raise DataError(f"{images}: has no image to read; give the folder of images.")
