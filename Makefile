@@ -31,7 +31,7 @@ test-long: $(VENV)/.installed-dev  ## the full matrices: hours
 	$(BIN)/pytest -m long
 
 check: lint types contracts  ## the developer's loop: no processes, no browser
-	$(BIN)/pytest -m "not process and not browser and not long"
+	$(BIN)/pytest -m "not process and not cluster and not browser and not long"
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

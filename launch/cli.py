@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A plain kill unwinds like Ctrl-C, so that nothing half-written stays.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        options.run_command(options)
+        return options.run_command(options) or 0
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(code)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def _interrupt(number: int, frame: Any) -> None:

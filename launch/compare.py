@@ -47,7 +47,7 @@ def main() -> int:
 def _training(recipe: Path, seed: int, run: Path) -> list[str]:
     """The command that trains it; none if it is finished, afresh if its recipe was another."""
     from ..recipes.load import load_recipe
-    from ..recipes.state import is_finished
+    from ..recipes.resume import is_finished
 
     options = ["--seed", str(seed), "--run", str(run), *KEYS]
     wanted = load_recipe([recipe], options)

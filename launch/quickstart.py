@@ -129,7 +129,7 @@ def _run(stage: Stage) -> int:
 
 def _is_trained() -> bool:
     from ..recipes.load import load_recipe
-    from ..recipes.state import is_finished
+    from ..recipes.resume import is_finished
 
     return is_finished(load_recipe([RECIPE]))
 

@@ -78,7 +78,7 @@ def _export(commands: Commands) -> None:
         "run", type=Path, metavar="RUN|FILE", help="the run's folder; for --onnx also its export"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="safetensors, to be written")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="instead of the newest")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR|best", help="not the newest")
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
@@ -122,7 +122,10 @@ def _import(commands: Commands) -> None:
         "--yolov5", type=Path, metavar="FILE", help="upstream's .pt, or safetensors of its names"
     )
     source.add_argument(
-        "--deepspeed", type=Path, metavar="DIR", help="DeepSpeed's own checkpoint, as in RUN/native"
+        "--deepspeed",
+        type=Path,
+        metavar="DIR",
+        help="DeepSpeed's own checkpoint, as in RUN/checkpoints/STEP/native",
     )
     parser.add_argument(
         "--model",

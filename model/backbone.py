@@ -80,6 +80,20 @@ class Backbone(nn.Module):
         # After the weights are there. The statistics then do not depend on the world size.
         replace_batch_norms(self.trunk)
 
+    def checkpoint_activations(self) -> None:
+        """Trades compute for memory: what happens inside a stage is computed again for gradients.
+
+        Raises:
+            BackboneError: the trunk can't.
+        """
+        try:
+            self.trunk.set_grad_checkpointing(True)
+        except AssertionError as error:
+            raise BackboneError(
+                f"backbone {type(self.trunk).__name__}: {error}; set "
+                "deepspeed.activation_checkpointing: false"
+            ) from error
+
     def forward(self, images: Tensor, features: FeatureRegistry) -> None:
         """`[B, 3, H, W]`, floats in [0, 1] → puts P3, P4, P5 into `features`."""
         maps = self.trunk.forward_intermediates(

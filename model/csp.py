@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .layers import C3, Bottleneck, Conv
 from .registry import FeatureRegistry
@@ -40,14 +41,26 @@ class CSPDarknet(nn.Module):
         self.stage4 = _stage(c3, c4, scaled_depth(9, depth))
         self.stage5 = _stage(c4, c5, scaled_depth(3, depth))
         self.pool = SPPF(c5, kernel=5)
+        self.is_checkpointed = False
+
+    def checkpoint_activations(self) -> None:
+        """Trades compute for memory: the inside of a stage is computed again for gradients."""
+        self.is_checkpointed = True
 
     def forward(self, images: Tensor, features: FeatureRegistry) -> None:
         """`[B, 3, H, W]`, floats in [0, 1] → puts P3, P4, P5 into `features`."""
-        p3 = self.stage3(self.stage2(self.stem(images)))
-        p4 = self.stage4(p3)
+        p3 = self._run(self.stage3, self._run(self.stage2, self._run(self.stem, images)))
+        p4 = self._run(self.stage4, p3)
         features.put("P3", p3)
         features.put("P4", p4)
-        features.put("P5", self.pool(self.stage5(p4)))
+        features.put("P5", self.pool(self._run(self.stage5, p4)))
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.is_checkpointed and torch.is_grad_enabled():
+            result: Tensor = checkpoint(stage, x, use_reentrant=False)
+        else:
+            result = stage(x)
+        return result
 
 
 class SPPF(nn.Module):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..model.detector import Detector, build_detector, without_pretrained
@@ -26,6 +25,7 @@ from ..model.memory import keep_freed_memory
 from .build import architecture
 from .figures import INK, colour_of, open_figure, plain, style
 from .load import load_recipe, recipe_path
+from .utilization import gflops
 
 CLASSES = 80
 TURN = 10  # runs of one way before the next one's turn
@@ -91,14 +91,11 @@ def _detector(name: str) -> tuple[dict[str, Any], Detector, tuple[int, int]]:
     recipe = load_recipe([recipe_path(name)])
     detector = build_detector(without_pretrained(architecture(recipe, CLASSES))).eval()
     fused = fuse(detector)
-    height, width = recipe.data.image_px
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        fused(torch.zeros(1, 3, height, width))
     facts = {
         "recipe": name,
         "parameters": sum(p.numel() for p in detector.parameters()),
         "fused_parameters": sum(p.numel() for p in fused.parameters()),
-        "gflops": round(counter.get_total_flops() / 1e9, 2),
+        "gflops": round(gflops(fused, recipe.data.image_px), 2),
     }
     return facts, fused, recipe.data.image_px
 

@@ -1,32 +1,23 @@
-"""The recipe: every setting of a run and its default. This is the one place of each default."""
+"""The recipe: every setting of a run and its default. This is the one place of each default.
+
+(The `model` section and its defaults are in `config_model`.)
+"""
 
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from ..data_prep.cache import CacheOptions
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-Anchors = tuple[tuple[Positive, Positive], ...]  # of one level: width, height in pixels
-
-# YOLOv5's anchors for COCO at 640 px, by level.
-COCO_ANCHORS: tuple[Anchors, Anchors, Anchors] = (
-    ((10, 13), (16, 30), (33, 23)),
-    ((30, 61), (62, 45), (59, 119)),
-    ((116, 90), (156, 198), (373, 326)),
+from .config_model import (
+    BelowOne,
+    ConvNeXtYOLOSection,
+    Count,
+    Fraction,
+    ModelSection,
+    NotNegative,
+    Positive,
+    Section,
 )
 
 
@@ -34,116 +25,6 @@ class RecipeError(Exception):
     """A recipe that can't be run. The text is one sentence."""
 
     exit_code = 2
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, and so are infinities."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class BackboneSection(Section):
-    """The trunk, by timm's name."""
-
-    name: str = "convnext_tiny"
-    options: dict[str, Any] = {}  # timm's arguments: depths, dims, drop_path_rate, ...
-    pretrained: bool = False  # timm's weights, from its hub
-    weights: str | None = None  # or from a local safetensors file with timm's names
-
-
-class AnchorLoss(Section):
-    """Gains of the anchor head's losses: YOLOv5's for small models."""
-
-    box: NotNegative = 0.05
-    obj: NotNegative = 1.0
-    cls: NotNegative = 0.5
-
-
-class AlignedLoss(Section):
-    """Gains of the anchor-free head's losses: YOLOv8's."""
-
-    box: NotNegative = 7.5
-    cls: NotNegative = 0.5
-    dfl: NotNegative = 1.5
-
-
-class DetectorSection(Section):
-    """What every detector has."""
-
-    weights: str | None = None  # begin from a whole detector: a file of `export` or `import`
-
-
-class ConvNeXtYOLOSection(DetectorSection):
-    """Ours: a norm on each tapped stage, large-kernel neck, anchor-free decoupled head."""
-
-    name: Literal["convnext_yolo"] = "convnext_yolo"
-    backbone: BackboneSection = BackboneSection()
-    neck_channels: tuple[Count, Count, Count] = (96, 192, 384)
-    neck_repeats: Count = 1
-    head_channels: Count = 96
-    head_convs: Count = 2
-    distance_bins: Annotated[int, Field(ge=2)] = 16
-    loss: AlignedLoss = AlignedLoss()
-
-
-class AnchorSection(DetectorSection):
-    """What the detectors with anchors have."""
-
-    anchors: tuple[Anchors, Anchors, Anchors] = COCO_ANCHORS
-    loss: AnchorLoss = AnchorLoss()
-
-    @field_validator("anchors")
-    @classmethod
-    def _equally_many(cls, anchors: tuple[Anchors, ...]) -> Any:
-        if len({len(level) for level in anchors} | {0}) != 2:
-            raise ValueError("each of the three levels needs equally many anchors, at least one")
-        return anchors
-
-
-class SeedSection(AnchorSection):
-    """The study's: a ConvNeXt in the place of YOLOv5's backbone."""
-
-    name: Literal["seed_convnext_yolo"]
-    backbone: BackboneSection = BackboneSection()
-    adapter_channels: tuple[Count, Count, Count] = (128, 256, 512)
-    neck_channels: tuple[Count, Count, Count] = (64, 128, 256)
-    neck_repeats: Count = 1
-
-
-class YOLOv5Section(AnchorSection):
-    """YOLOv5 v6; n, s, m, l are depth .33, .33, .67, 1 and width .25, .5, .75, 1."""
-
-    name: Literal["yolov5"]
-    depth: Positive = 0.33
-    width: Positive = 0.5
-
-
-DETECTORS: dict[str, type[DetectorSection]] = {
-    "convnext_yolo": ConvNeXtYOLOSection,
-    "seed_convnext_yolo": SeedSection,
-    "yolov5": YOLOv5Section,
-}
-
-
-def detector_name(model: Any) -> Any:
-    """Which detector a `model` section is about; ours, where it does not say."""
-    if isinstance(model, dict):
-        return model.get("name", "convnext_yolo")
-    return getattr(model, "name", "convnext_yolo")
-
-
-ModelSection = Annotated[
-    Annotated[ConvNeXtYOLOSection, Tag("convnext_yolo")]
-    | Annotated[SeedSection, Tag("seed_convnext_yolo")]
-    | Annotated[YOLOv5Section, Tag("yolov5")],
-    Discriminator(
-        detector_name,
-        custom_error_type="unknown_detector",
-        custom_error_message=f"is not a detector; known here: {', '.join(DETECTORS)}",
-    ),
-]
 
 
 class DataSection(Section):
@@ -176,6 +57,7 @@ class BatchSection(Section):
 
     global_size: Count = Field(64, alias="global")
     micro: Count = 16
+    find_micro: bool = False  # search the largest micro-batch that fits, once, before step 0
 
     @model_validator(mode="after")
     def _whole_parts(self) -> "BatchSection":
@@ -200,6 +82,8 @@ class AugmentSection(Section):
     weak_epochs: NotNegative = 0  # the last epochs go without mosaic
     # Workers only decode, and the training device does the rest: where cores are few for the GPUs.
     on_device: bool = False
+    # Frames larger and smaller by up to this share, in whole strides, drawn for each global step.
+    multi_scale: BelowOne = 0.0
 
 
 class OptimizerSection(Section):
@@ -214,6 +98,8 @@ class OptimizerSection(Section):
     warmup_bias_lr: NotNegative = 0.1  # SGD: what the biases begin the warm-up with
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # lr of a backbone layer by depth
     clip: NotNegative = 10.0  # largest norm of the global gradient; 0: no limit
+    freeze: tuple[str, ...] = ()  # parameters that stay: names, or what they begin with
+    skip_limit: Count = 20  # steps in a row skipped for NaN or Inf; then the run ends
 
 
 class ScheduleSection(Section):
@@ -236,7 +122,10 @@ class DeepSpeedSection(Section):
     """DeepSpeed's part. Its whole configuration is made from the recipe."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: torch autocast, fp32 weights
+    # Weights are fp32 throughout; bf16 and fp16 are what autocast computes in.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # torch.compile: minutes at the start, fewer afterwards
+    activation_checkpointing: bool = False  # of the backbone: less memory, a third more compute
     options: dict[str, Any] = {}  # further keys of DeepSpeed's configuration
 
 
@@ -245,7 +134,12 @@ class CheckpointSection(Section):
 
     every_epochs: Positive = 1
     every_steps: Annotated[int, Field(ge=0)] = 0  # instead of epochs, where not 0
-    keep: Count = 2
+    keep: Count = 2  # the newest ones
+    keep_best: bool = True  # and the one with the highest AP
+    asynchronous: bool = True  # the loop waits only for the copy to host memory
+    # After a signal and the checkpoint that answers it: 0, or what makes the scheduler start the
+    # job again (Grid Engine: 99).
+    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = 0
     native: bool = False  # DeepSpeed's own format too, beside ours, for exchange
 
 
@@ -259,16 +153,20 @@ class EvalSection(Section):
 
 
 class TrackingSection(Section):
-    """Weights & Biases, beside metrics.jsonl which is always written."""
+    """What is shown beside metrics.jsonl, which is always written."""
 
     wandb: Literal["offline", "online", "off"] = "offline"
+    comet: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
     project: str = "convnext-yolo"
     log_every: Count = 10  # steps
+    log_weights: bool = False  # the final weights go to the trackers as an artifact
+    pictures: Annotated[int, Field(ge=0)] = 4  # validation pictures drawn at each evaluation
 
-    @field_validator("wandb", mode="before")
+    @field_validator("wandb", "comet", mode="before")
     @classmethod
-    def _off(cls, wandb: Any) -> Any:
-        return "off" if wandb is False else wandb  # YAML takes a bare off for false
+    def _off(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode  # YAML takes a bare off for false
 
 
 class Recipe(Section):

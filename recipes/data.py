@@ -49,6 +49,7 @@ def training_stream(
 def augmentation_at(recipe: Recipe, steps_per_epoch: int, step: int) -> Augmentation:
     """The strengths at a step: the last epochs go without mosaic."""
     options = recipe.augment
-    strengths = Augmentation(**options.model_dump(exclude={"weak_epochs", "on_device"}))
+    others = {"weak_epochs", "on_device", "multi_scale"}
+    strengths = Augmentation(**options.model_dump(exclude=others))
     last = total_steps(steps_per_epoch, recipe.schedule) - options.weak_epochs * steps_per_epoch
     return replace(strengths, mosaic=0.0) if step >= last else strengths

@@ -120,7 +120,7 @@ def _read_all(folder: Path) -> tuple[list[Any], list[Any]]:
     if not found["model"]:
         raise CheckpointError(
             f"DeepSpeed checkpoint {folder}: holds no *_model_states.pt; name the folder that "
-            "engine.save_checkpoint was given, as in RUN/native"
+            "engine.save_checkpoint was given, as in RUN/checkpoints/STEP/native"
         )
     models, shards = ([_read(files[r]) for r in sorted(files)] for files in found.values())
     counts = [shard["optimizer_state_dict"]["partition_count"] for shard in shards[:1]]

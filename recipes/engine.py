@@ -15,7 +15,8 @@ from ..model.detector import Detector
 from ..model.norms import micro_batch_norms
 from .config import Recipe, RecipeError
 from .distributed import World
-from .optim import build_optimizer
+from .optim import build_optimizer, freeze
+from .precision import autocast_fp16
 
 
 def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
@@ -36,18 +37,40 @@ def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
     return BatchPlan(total, micro, world.rank, world.size)
 
 
+BUCKET = 30_000_000  # numbers that are reduced at a time
+
+# DeepSpeed's keys that some key of the recipe stands for, and those that it no longer has.
+INSTEAD = {
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16": "deepspeed.precision",
+    "bf16": "deepspeed.precision",
+    "bfloat16": "deepspeed.precision",
+    "amp": "deepspeed.precision",
+    "torch_autocast": "deepspeed.precision",
+    "activation_checkpointing": "deepspeed.activation_checkpointing",
+    "checkpoint": "checkpoint",
+    "wandb": "tracking.wandb",
+    "tensorboard": "tracking.tensorboard",
+    "comet": "tracking.comet",
+    "csv_monitor": "tracking (metrics.jsonl is always written)",
+}
+REMOVED = ("elasticity", "nebula", "curriculum_learning", "data_efficiency", "autotuning")
+
+
 def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's configuration. `deepspeed.options` of the recipe adds keys, and overrides none.
 
     Raises:
-        RecipeError: an option that the recipe already decides.
+        RecipeError: an option that the recipe already decides, or that DeepSpeed has dropped.
     """
+    stage = recipe.deepspeed.stage
     config: dict[str, Any] = {
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": recipe.optimizer.clip,
-        "zero_optimization": {"stage": recipe.deepspeed.stage},
+        "gradient_clipping": recipe.optimizer.clip if stage else 0.0,  # there: see stage0
+        "zero_optimization": {"stage": stage},
         # Ours is a torch optimizer: DeepSpeed's own would compile for minutes at first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -55,7 +78,20 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     }
     if recipe.deepspeed.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    for key in recipe.deepspeed.options:
+        if key in INSTEAD:
+            raise RecipeError(
+                f"deepspeed.options.{key}: the recipe says that in {INSTEAD[key]}; set it there "
+                "and drop this"
+            )
+        if key in REMOVED:
+            raise RecipeError(
+                f"deepspeed.options.{key}: is not there in this DeepSpeed, or contradicts a fixed "
+                "global batch; drop it"
+            )
     _merge_options(config, recipe.deepspeed.options, "deepspeed.options")
+    # DeepSpeed's own, 5e8 numbers, is allocated whole: gigabytes beside a model of megabytes.
+    config["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
     return config
 
 
@@ -76,20 +112,30 @@ def build_engine(recipe: Recipe, model: Detector, plan: BatchPlan) -> Any:
     """Wraps the model, whose weights must be loaded by now, into a DeepSpeed engine."""
     import deepspeed
 
-    optimizer = build_optimizer(model, recipe.optimizer)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(recipe, plan)
-    )
+    options = recipe.deepspeed
+    config = deepspeed_config(recipe, plan)
+    freeze(model, recipe.optimizer.freeze)
+    if options.activation_checkpointing:
+        model.backbone.checkpoint_activations()
+    optimizer = build_optimizer(model, recipe.optimizer, options.stage)
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if options.precision == "fp16":
+        autocast_fp16(engine.module, engine.device.type)
+    if options.compile:
+        engine.compile()
     return engine
 
 
 @torch.no_grad()
-def commit_batch_statistics(model: Detector, plan: BatchPlan) -> None:
-    """Moves BatchNorm's running statistics once, by the mean over the global batch."""
+def commit_batch_statistics(model: Detector, plan: BatchPlan, applied: bool) -> None:
+    """Moves BatchNorm's running statistics once, by the mean over the global batch.
+
+    Those of a step that was not applied are forgotten.
+    """
     norms = micro_batch_norms(model)
-    if not norms:
-        return
     pending = [norm.take_pending() for norm in norms]  # [2, channels] each
+    if not norms or not applied:
+        return
     flat = torch.cat([p.flatten() for p in pending])
     dist.all_reduce(flat)
     flat /= plan.world_size

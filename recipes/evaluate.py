@@ -1,8 +1,12 @@
 """COCO evaluation: predictions of all processes, pycocotools' twelve numbers, per class too."""
 
+import contextlib
+import functools
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +39,8 @@ from .config import EvalSection
 from .export import exported_weights
 from .files import write_whole
 
+LOOK_EVERY_S = 0.2  # for a request to stop
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -66,6 +72,7 @@ def evaluate(
     criterion: Criterion | None = None,
     class_ids: Sequence[int] | None = None,
     progress: bool = False,
+    stop_asked: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Evaluates a detector over all processes; the main one gets the result, the others None.
 
@@ -77,6 +84,11 @@ def evaluate(
         criterion: for validation losses as well.
         class_ids: category id of each class index of the detector; the data set's own by default.
         progress: show a bar on stderr, if it takes longer than a moment.
+        stop_asked: whether this process was asked to stop; looked at after each batch.
+
+    Raises:
+        EvaluationStopped: on all ranks, where any was asked to stop before the last batch. (The
+            main rank's result is None where it was while it computed the metrics.)
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -93,7 +105,7 @@ def evaluate(
         delay=2,
         disable=not (progress and state.is_main_process),
     )
-    for batch in validation_batches(data, settings.batch, settings.workers):
+    for batch in _in_step(validation_batches(data, settings.batch, settings.workers), stop_asked):
         bar.update(len(batch.images))
         detections, losses = _forward(detector, batch, settings, device, criterion)
         corrupt += batch.corrupt
@@ -110,7 +122,57 @@ def evaluate(
         for name in (sums if criterion else ())
     }
     unread = tuple(entry for _, _, part in everything for entry in part)
-    return Evaluation(coco_metrics(pictures, reader.classes, class_ids), total, unread)
+    results = _unless_stopped(
+        functools.partial(coco_metrics, pictures, reader.classes, class_ids), stop_asked
+    )
+    return None if results is None else Evaluation(results, total, unread)
+
+
+class EvaluationStopped(Exception):
+    """The evaluation was broken off, on all ranks."""
+
+
+def _in_step(batches: Iterator[Batch], stop_asked: Callable[[], bool] | None) -> Iterator[Batch]:
+    """The batches, as long as no rank was asked to stop.
+
+    All ranks look at it together after each turn. They may differ by a batch, so those that have
+    none left take part until nobody has.
+    """
+    if stop_asked is None:
+        yield from batches
+        return
+    from accelerate.utils import gather_object
+
+    while True:
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch
+        everyone = gather_object([(batch is None, stop_asked())])
+        if any(asked for _, asked in everyone):
+            raise EvaluationStopped
+        if all(is_over for is_over, _ in everyone):
+            return
+
+
+def _unless_stopped(
+    work: Callable[[], dict[str, Any]], stop_asked: Callable[[], bool] | None
+) -> dict[str, Any] | None:
+    """The result of minutes of work, or None as soon as a request to stop comes in between."""
+    if stop_asked is None:
+        return work()
+    outcome: Future[dict[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not stop_asked():
+        with contextlib.suppress(TimeoutError):
+            return outcome.result(timeout=LOOK_EVERY_S)
+    return None
 
 
 def evaluate_command(

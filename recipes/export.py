@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from ..model.detector import without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from .checkpoint_writer import BEST, LATEST
 from .config import Recipe
 from .onnx_export import ExportError, Suppression, export_onnx, need_packages
 
@@ -19,7 +20,7 @@ def export(
     Args:
         run: the run's folder.
         output: the safetensors file to write.
-        checkpoint: a checkpoint folder instead of the run's newest.
+        checkpoint: a checkpoint folder instead of the run's newest, or "best" or "latest".
         averaged: the EMA weights rather than the last ones.
 
     Returns:
@@ -28,6 +29,8 @@ def export(
     Raises:
         CheckpointError: there is nothing to export.
     """
+    if checkpoint and checkpoint.name == str(checkpoint) in (LATEST, BEST):
+        checkpoint = _pointed_to(run / "checkpoints" / checkpoint)
     found = load_checkpoint(checkpoint) if checkpoint else newest_checkpoint(run / "checkpoints")
     if found is None:
         raise CheckpointError(
@@ -54,6 +57,16 @@ def export(
     )
     tensors = found.section("ema" if averaged else "model")
     return save_weights(output, tensors, info), found.step
+
+
+def _pointed_to(pointer: Path) -> Path:
+    try:
+        return pointer.with_name(pointer.read_text(encoding="utf-8").strip())
+    except OSError:
+        raise CheckpointError(
+            f"--checkpoint {pointer.name}: the run has none ({pointer} is missing); leave it out "
+            "for the newest"
+        ) from None
 
 
 def export_command(

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .config import DETECTORS, Recipe, RecipeError, detector_name
+from .config import Recipe, RecipeError
+from .config_model import DETECTORS, detector_name
 
 
 def load_recipe(files: Sequence[Path], options: Sequence[str] = ()) -> Recipe:

@@ -1,6 +1,7 @@
 """Optimizer groups and the learning rate of each step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ..model.backbone import Backbone
 from ..model.detector import Detector
 from .config import OptimizerSection, RecipeError, ScheduleSection
+from .stage0 import CheckedAdamW, CheckedSGD
 
 
 def parameter_groups(model: Detector, options: OptimizerSection) -> list[dict[str, Any]]:
@@ -46,13 +48,40 @@ def parameter_groups(model: Detector, options: OptimizerSection) -> list[dict[st
     return groups
 
 
-def build_optimizer(model: Detector, options: OptimizerSection) -> torch.optim.Optimizer:
-    """A torch optimizer: DeepSpeed shards it, and compiles none of its own."""
+def build_optimizer(
+    model: Detector, options: OptimizerSection, stage: int
+) -> torch.optim.Optimizer:
+    """A torch optimizer: DeepSpeed shards it at `stage`, and compiles none of its own."""
     groups = parameter_groups(model, options)
+    adamw, sgd = (torch.optim.AdamW, torch.optim.SGD) if stage else (CheckedAdamW, CheckedSGD)
+    optimizer: torch.optim.Optimizer
     if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas)
-    momentum = options.momentum
-    return torch.optim.SGD(groups, lr=options.lr, momentum=momentum, nesterov=momentum > 0)
+        optimizer = adamw(groups, lr=options.lr, betas=options.betas)
+    else:
+        momentum = options.momentum
+        optimizer = sgd(groups, lr=options.lr, momentum=momentum, nesterov=momentum > 0)
+    if isinstance(optimizer, CheckedAdamW | CheckedSGD):
+        optimizer.clip = options.clip
+    return optimizer
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Lets parameters stay as they are: those of these names, or whose names begin so.
+
+    Raises:
+        RecipeError: no parameter is called so, or none would be left to train.
+    """
+    for prefix in prefixes:
+        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise RecipeError(
+                f"optimizer.freeze: {prefix}: no parameter's name begins so; names look like "
+                f"{next(name for name, _ in model.named_parameters())}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError("optimizer.freeze: leaves no parameter to train; name fewer")
 
 
 def moment_names(optimizer: str) -> tuple[str, ...]:
@@ -109,3 +138,11 @@ def set_hyperparameters(
         if options.name == "sgd":
             start = options.warmup_momentum
             group["momentum"] = start + (options.momentum - start) * warmed_up
+
+
+def group_rates(optimizer: Any) -> dict[str, float]:
+    """The learning rate of the optimizer's groups now, by what sets it apart."""
+    return {
+        "biases" if group.get("is_bias") else f"scale {group['lr_scale']:.4g}": group["lr"]
+        for group in optimizer.param_groups
+    }

@@ -4,23 +4,14 @@ Parameters are loaded into the plain model before DeepSpeed wraps it, whatever t
 afterwards, into whichever shards this stage and world size give each rank.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Entry,
-    load_checkpoint,
-    published,
-    tensor_bytes,
-)
-from .config import Recipe
+from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint_writer import Entry, tensor_bytes
 from .ema import Ema, shard_of, whole_of
 from .optim import moment_names
 
@@ -69,68 +60,6 @@ def load_optimizer(engine: Any, optimizer: str, checkpoint: Checkpoint) -> None:
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad:
                 _set_moment(engine, parameter, key, moments[name])
-
-
-# Changing one of these in the middle of a run would break its arithmetic or its stream.
-FIXED = ("seed", "model", "batch.global", "batch.micro", "optimizer.name")
-# Within these, what a resume has no more use for, and what only weighs the losses.
-FREE = ("model.weights", "model.backbone.weights", "model.backbone.pretrained", "model.loss")
-
-
-def recipe_changes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
-    """Keys in which a recipe differs from the one that the checkpoint was written under.
-
-    Raises:
-        CheckpointError: one of them is fixed for the length of a run.
-    """
-    before = _flatten(checkpoint.state["recipe"])
-    now = _flatten(recipe.model_dump(mode="json", by_alias=True))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    for key in keys:
-        if _is_within(key, FIXED) and not _is_within(key, FREE):
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path}: its run has {key} = {before.get(key)!r}, the "
-                f"recipe {now.get(key)!r}, and that can't change in the middle; set it back, or "
-                "train into another folder with --run"
-            )
-    return [f"{key} {before.get(key)!r} → {now.get(key)!r}" for key in keys]
-
-
-def _is_within(key: str, sections: Sequence[str]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the recipe's run has published its last step, under this very recipe."""
-    latest = published(Path(recipe.run) / "checkpoints")
-    if not latest:
-        return False
-    try:
-        state = load_checkpoint(latest[0]).state
-    except CheckpointError:
-        return False
-    now = recipe.model_dump(mode="json", by_alias=True)
-    return bool(state["finished"]) and state["recipe"] == now
-
-
-def check_data(checkpoint: Checkpoint, fingerprint: str, shards: str) -> None:
-    """Raises CheckpointError where the shards are not those that the run began on."""
-    if checkpoint.state["data_fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path}: its run began on other training shards than {shards}; "
-            "set data.train back to those, or train into another folder with --run"
-        )
-
-
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {
-        key: value
-        for name, branch in tree.items()
-        for key, value in _flatten(branch, f"{path}.{name}" if path else str(name)).items()
-    }
 
 
 def optimizer_steps(engine: Any) -> int:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import yaml
 from convnext_yolo.data_prep.formats import read_coco
 from convnext_yolo.data_prep.shard import shard_dataset
 from convnext_yolo.recipes.tracking import read_metrics
+
+from .forkserver import ForkServer
 
 BIN = Path(sys.executable).parent
 STEPS = 12
@@ -147,6 +149,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts ranks without the seconds that imports take."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
     """The bundled cells' validation pictures as both splits."""
     folder = tmp_path_factory.mktemp("shards")
@@ -160,7 +170,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Pat
 def tiny_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]:
     """Makes a run: `tiny_run("name", **sections)`."""
 
-    def make(name: str, wandb: str = "off", **sections: object) -> TinyRun:
+    def make(name: str, wandb: str = "off", workers: int = 1, **sections: object) -> TinyRun:
         tmp_path = tmp_path_factory.mktemp(name)
         recipe = {
             "run": str(tmp_path / name),
@@ -175,7 +185,7 @@ def tiny_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 "train": str(tiny_shards / "train"),
                 "val": str(tiny_shards / "val"),
                 "image_px": [64, 96],
-                "workers": 1,
+                "workers": workers,
             },
             "batch": {"global": 8, "micro": 2},
             "schedule": {"epochs": STEPS / 9, "warmup_epochs": 0.3},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convnext_yolo.recipes import checkpoint
+from convnext_yolo.recipes import checkpoint_writer
 from convnext_yolo.recipes.checkpoint import (
     CheckpointError,
-    Entry,
     find_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     published,
-    save_checkpoint,
 )
+from convnext_yolo.recipes.checkpoint_writer import CheckpointWriter, Entry
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +50,13 @@ def entries(seed: int = 0) -> list[Entry]:
     ]
 
 
-def save(folder: Path, step: int, keep: int = 5) -> Path:
-    return save_checkpoint(folder, step, entries(step), {"note": f"at {step}"}, keep)
+def save(folder: Path, step: int, keep: int = 5, ap: float | None = None) -> Path:
+    state: dict[str, Any] = {"note": f"at {step}"}
+    if ap is not None:
+        state |= {"evaluated_step": step, "metrics": {"AP": ap}}
+    writer = CheckpointWriter(folder, keep, keep_best=True)
+    writer.begin(step, entries(step), state)
+    return writer.finish()
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -132,26 +139,70 @@ def test_manifests_that_are_none(manifest: str | None, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("point", ["_write_part", "_write_text", "_sync_folder"])
-def test_dying_while_writing_leaves_the_last_one(
+@pytest.mark.parametrize("point", ["_write_part", "_write_synced", "sync_folder"])
+def test_a_full_disk_fails_the_checkpoint_and_nothing_else(
     point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception at a write point stands for a kill there: nothing after it happens."""
+    """In the thread or while publishing: one sentence, no partial folder, the last one stays."""
     save(tmp_path, 1)
 
     def die(*_: object) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, point, die)
-        with pytest.raises(OSError, match="No space"):
+        patched.setattr(checkpoint_writer, point, die)
+        with pytest.raises(CheckpointError, match=r"step 2: can't be written .*No space left"):
             save(tmp_path, 2)
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 1
-    save(tmp_path, 2)  # over what the death has left
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 2
     assert not list(tmp_path.glob("*.partial"))
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step in (1, 2)  # 2 if only its pointer had no room
+    save(tmp_path, 3)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 3
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="step 1: can't be written"):
+        save(tmp_path / "checkpoints", 1)
+
+
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step, ap in ((1, 0.1), (2, 0.5), (3, 0.2), (4, None), (5, 0.3)):
+        save(tmp_path, step, keep=2, ap=ap)
+    assert [path.name[-2:] for path in published(tmp_path)] == ["05", "04", "02"]
+    assert (tmp_path / "best").read_text() == "step-00000002"
+    save(tmp_path, 6, keep=2, ap=0.6)
+    assert [path.name[-2:] for path in published(tmp_path)] == ["06", "05"]
+
+
+def test_writing_goes_on_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is what was there at `begin`, and it counts only after `finish`."""
+    gate = threading.Event()
+    write_part = checkpoint_writer._write_part
+
+    def wait_and_write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        assert gate.wait(timeout=60)
+        return write_part(path, tensors)
+
+    monkeypatch.setattr(checkpoint_writer, "_write_part", wait_and_write)
+    weight = torch.ones(4)
+    writer = CheckpointWriter(tmp_path, keep=2, keep_best=False)
+    assert not writer.is_pending and not writer.is_written
+    writer.begin(1, [Entry("model/weight", weight.nbytes, lambda: weight)], {})
+    weight.zero_()  # the next step
+    assert writer.is_pending and not writer.is_written and not published(tmp_path)
+    gate.set()
+    assert load_checkpoint(writer.finish()).tensors["model/weight"].tolist() == [1, 1, 1, 1]
+    assert not writer.is_pending
+
+
+def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path: Path) -> None:
+    """As after an evaluation that was broken off, and made up for."""
+    save(tmp_path, 2)
+    path = save(tmp_path, 2, ap=0.5)
+    assert load_checkpoint(path).state["metrics"] == {"AP": 0.5}
+    assert not list(tmp_path.glob("set-aside-*"))
 
 
 def test_which_one_a_run_goes_on_from(tmp_path: Path) -> None:
@@ -170,18 +221,18 @@ def test_which_one_a_run_goes_on_from(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "auto")
 
 
-@given(sizes=st.lists(st.integers(0, 3 * checkpoint.PART_BYTES // 2), max_size=40))
+@given(sizes=st.lists(st.integers(0, 3 * checkpoint_writer.PART_BYTES // 2), max_size=40))
 def test_parts_hold_everything_once_in_order(sizes: list[int]) -> None:
     all_entries = [Entry(f"t{i}", size, torch.Tensor) for i, size in enumerate(sizes)]
-    parts = checkpoint._parts(all_entries)
+    parts = checkpoint_writer._parts(all_entries)
     assert [entry for part in parts for entry in part] == all_entries
     for part in parts:
         total = sum(entry.bytes for entry in part)
-        assert part and (total <= checkpoint.PART_BYTES or len(part) == 1)
+        assert part and (total <= checkpoint_writer.PART_BYTES or len(part) == 1)
 
 
 def test_the_manifest_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 70)
+    monkeypatch.setattr(checkpoint_writer, "PART_BYTES", 70)
     path = save(tmp_path, 3)
     parts = json.loads((path / "manifest.json").read_text())["parts"]
     assert sorted(parts) == ["part-00000.safetensors", "part-00001.safetensors"]

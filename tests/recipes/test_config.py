@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from convnext_yolo.recipes.config import DataSection, Recipe, RecipeError, YOLOv5Section
+from convnext_yolo.recipes.config import DataSection, Recipe, RecipeError
+from convnext_yolo.recipes.config_model import YOLOv5Section
 from convnext_yolo.recipes.load import load_recipe
 from convnext_yolo.recipes.optim import build_optimizer
 
@@ -51,8 +52,11 @@ REFUSED = {
     "momentum of 1": ("optimizer: {momentum: 1}", "optimizer.momentum = 1: input should be less"),
     "key twice": ("seed: 1\noptimizer:\n  lr: 1\n  lr: 2\n", ", line 4: the key lr comes twice; "),
     "section twice": ("batch: {micro: 2}\nbatch: {global: 4}", "line 2: the key batch comes twice"),
-    "empty section": ("batch:\n", "batch = None: needs keys below it (global, micro)"),
-    "section as number": ("seed: 1\nbatch: 3", "batch = 3: needs keys below it (global, micro)"),
+    "empty section": ("batch:\n", "batch = None: needs keys below it (global, micro, find_micro)"),
+    "section as number": (
+        "seed: 1\nbatch: 3",
+        "batch = 3: needs keys below it (global, micro, find_micro)",
+    ),
     "empty inner section": ("model: {backbone: }", "model.backbone = None: needs keys below it ("),
     "control character": ("run: \x01", "special characters are not allowed"),
     "tab": ("batch:\n\tmicro: 1", ", line 2: found character '\\t'"),
@@ -180,5 +184,5 @@ def test_plain_sgd_is_built():
 
     options = load_recipe([], ["--optimizer", "{name: sgd, momentum: 0}"]).optimizer
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    optimizer = build_optimizer(model, options)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, options, 1)  # type: ignore[arg-type]
     assert isinstance(optimizer, torch.optim.SGD)

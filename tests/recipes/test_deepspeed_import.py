@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from convnext_yolo.recipes.build import architecture
 from convnext_yolo.recipes.checkpoint import CheckpointError
 from convnext_yolo.recipes.config import Recipe
 from convnext_yolo.recipes.deepspeed_import import _read_all, consolidate, import_deepspeed
-from convnext_yolo.recipes.native import CLIENT_STATE, save_native
+from convnext_yolo.recipes.native import CLIENT_STATE
 
 from .conftest import BIN, TinyRun, environment, free_port
 
@@ -44,8 +44,10 @@ def test_a_run_of_two_ranks_comes_back_to_the_bit(
         checkpoint={"every_steps": 2, "keep": 1, "native": True},
     )
     run.run("torchrun")
-    native, output = run.folder / "native", tmp_path / "w.safetensors"
-    assert [path.name for path in native.glob("step-*")] == ["step-00000004"]  # keep: 1
+    [published] = (run.folder / "checkpoints").glob("step-*")  # keep: 1
+    native, output = published / "native", tmp_path / "w.safetensors"
+    manifest = json.loads((published / "manifest.json").read_text())
+    assert {"native/latest", "native/step-00000004/zero_to_fp32.py"} <= manifest["parts"].keys()
 
     assert main(["export", str(run.folder), "--no-ema", "--output", str(output)]) == 0
     (sha256,) = re.findall("^weights sha256 (.*)$", capsys.readouterr().out, re.M)
@@ -252,37 +254,6 @@ def test_options_that_do_not_go_together(
     with pytest.raises(SystemExit, match="2"):
         main(["import", *words, "--output", "z"])
     assert sentence in capsys.readouterr().err
-
-
-class Engine:
-    """DeepSpeed's, as far as saving goes."""
-
-    def __init__(self) -> None:
-        self.states: list[Any] = []
-
-    def save_checkpoint(self, folder: str, tag: str, state: Any) -> None:
-        write(Path(folder) / tag, {})
-        self.states.append(state)
-
-
-def test_the_last_few_native_ones_are_kept(tmp_path: Path) -> None:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    folder, engine = tmp_path / "native", Engine()
-    folder.mkdir()
-    try:
-        for step in (1, 2, 9, 3):  # 9 is of a branch that was left
-            save_native(
-                engine, folder, step, {"metrics": {"AP": torch.ones(1).numpy()[0].item()}}, 2
-            )
-        left = folder / "step-00000003" / "of-another-number-of-ranks"
-        left.touch()
-        save_native(engine, folder, 3, {}, 2)
-    finally:
-        dist.destroy_process_group()
-    assert sorted(path.name[-1] for path in folder.iterdir()) == ["2", "3", "9"]
-    assert not left.exists()
-    assert engine.states[-1] == {CLIENT_STATE: {"step": 3}}
 
 
 def test_shared_parameters_have_memory_of_their_own() -> None:

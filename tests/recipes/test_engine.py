@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from convnext_yolo.data_prep.stream import BatchPlan
 from convnext_yolo.recipes.config import Recipe, RecipeError
 from convnext_yolo.recipes.distributed import World
-from convnext_yolo.recipes.engine import batch_plan, deepspeed_config
+from convnext_yolo.recipes.engine import BUCKET, batch_plan, deepspeed_config
 from convnext_yolo.recipes.load import load_recipe
 
 
@@ -52,7 +52,7 @@ def test_configuration_follows_from_the_recipe() -> None:
     assert config["train_micro_batch_size_per_gpu"] == 16
     assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == 2
-    assert config["zero_optimization"] == {"stage": 3}
+    assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": BUCKET}
     assert "torch_autocast" not in config
     bf16 = deepspeed_config(recipe("--deepspeed.precision", "bf16"), BatchPlan(64, 16, 0, 1))
     assert bf16["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}

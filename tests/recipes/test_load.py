@@ -36,7 +36,11 @@ def test_a_recipe_written_and_read_is_the_same(write: Callable[..., Path]) -> No
     recipe = load_recipe([], ["--batch.global", "32", "--deepspeed.options.x", "{y: 1}"])
     again = load_recipe([write(recipe.to_yaml())])
     assert again == recipe
-    assert yaml.safe_load(recipe.to_yaml())["batch"] == {"global": 32, "micro": 16}
+    assert yaml.safe_load(recipe.to_yaml())["batch"] == {
+        "global": 32,
+        "micro": 16,
+        "find_micro": False,
+    }
 
 
 def test_an_empty_file_is_all_defaults(write: Callable[..., Path]) -> None:

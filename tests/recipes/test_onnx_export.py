@@ -21,7 +21,7 @@ from convnext_yolo.model.postprocess import MAX_DETECTIONS
 from convnext_yolo.model.predictor import Predictor
 from convnext_yolo.model.weights import WeightsInfo, save_weights
 from convnext_yolo.recipes import export, onnx_export
-from convnext_yolo.recipes.config import COCO_ANCHORS
+from convnext_yolo.recipes.config_model import COCO_ANCHORS
 from convnext_yolo.recipes.onnx_export import (
     ExportError,
     Suppression,

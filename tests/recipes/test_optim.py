@@ -43,7 +43,7 @@ def test_every_parameter_is_in_one_group_and_vectors_do_not_decay(
 
 def test_layer_decay_reaches_the_optimizer(model: Detector) -> None:
     options = OptimizerSection(layer_decay=0.7, lr=1.0)
-    optimizer = build_optimizer(model, options)
+    optimizer = build_optimizer(model, options, 1)
     set_hyperparameters(optimizer, 0.5, 1.0, options)
     lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     stem = lr[id(model.backbone.trunk.stem[0].weight)]
@@ -53,9 +53,9 @@ def test_layer_decay_reaches_the_optimizer(model: Detector) -> None:
 
 
 def test_the_optimizers(model: Detector) -> None:
-    adamw = build_optimizer(model, OptimizerSection(betas=(0.8, 0.9)))
+    adamw = build_optimizer(model, OptimizerSection(betas=(0.8, 0.9)), 0)
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["betas"] == (0.8, 0.9)
-    sgd = build_optimizer(model, OptimizerSection(name="sgd", momentum=0.5))
+    sgd = build_optimizer(model, OptimizerSection(name="sgd", momentum=0.5), 0)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["nesterov"] and sgd.defaults["momentum"] == 0.5
     assert moment_names("adamw") == ("exp_avg", "exp_avg_sq")
@@ -65,7 +65,7 @@ def test_the_optimizers(model: Detector) -> None:
 def test_sgd_warms_up_as_yolov5(model: Detector) -> None:
     options = OptimizerSection(name="sgd", momentum=0.937, warmup_momentum=0.8, warmup_bias_lr=0.1)
     schedule = ScheduleSection(epochs=10, warmup_epochs=2)
-    optimizer = build_optimizer(model, options)
+    optimizer = build_optimizer(model, options, 1)
     bias, norm = model.head.cls_convs[0].bias, model.neck.lateral5.norm.weight
     seen = []
     for step in (0, 9, 20, 50):

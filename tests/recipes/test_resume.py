@@ -10,7 +10,7 @@ import pytest
 from convnext_yolo.recipes.checkpoint import Checkpoint, CheckpointError
 from convnext_yolo.recipes.config import Recipe
 from convnext_yolo.recipes.load import load_recipe
-from convnext_yolo.recipes.state import check_data, is_finished, recipe_changes
+from convnext_yolo.recipes.resume import check_data, is_finished, recipe_changes
 
 
 def written_under(recipe: Recipe, **state: Any) -> Checkpoint:

@@ -1,0 +1,125 @@
+"""Being asked to stop: one more step, a published checkpoint, the exit code, nobody left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from convnext_yolo.recipes.checkpoint import load_checkpoint, published
+from convnext_yolo.recipes.preemption import SIGNALS, StopRequest
+from convnext_yolo.recipes.tracking import read_metrics
+
+from .conftest import STEPS, TinyRun, processes_with
+from .forkserver import ForkServer, Job
+
+EVALUATING = str(Path(__file__).with_name("ranks_stopped_evaluating.py"))
+MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
+FOR_EVER = {"epochs": 1000, "warmup_epochs": 1}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -> None:
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    with StopRequest() as stop:
+        assert not stop.asked
+        signal.raise_signal(number)
+        assert stop.asked and stop.reason == number.name
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == number.name  # the first
+    assert {n: signal.getsignal(n) for n in SIGNALS} == before
+
+
+def wait_for_step(run: TinyRun, step: int, job: Job | None = None) -> None:
+    deadline_s = time.monotonic() + 200
+    while max((r["step"] for r in read_metrics(run.folder)), default=0) < step:
+        assert time.monotonic() < deadline_s, job.output if job else "no step in time"
+        time.sleep(0.01)  # between two looks
+
+
+def last_step(run: TinyRun) -> int:
+    return int(max(r["step"] for r in read_metrics(run.folder) if r["kind"] == "train"))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_one_rank_is_asked_and_all_save_the_same_step(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], number: signal.Signals
+) -> None:
+    """The exit code is the scheduler's, where the recipe names one; the run goes on from there."""
+    sections = {"every_steps": 1000, "stop_exit_code": 99 if number == signal.SIGUSR1 else 0}
+    run = tiny_run(f"stopped-{number.name}", schedule=FOR_EVER, checkpoint=sections)
+    job = fork_server.start(2, *MODULE, str(run.recipe))
+    wait_for_step(run, 2, job)
+    os.kill(job.processes[1], number)
+    codes = job.wait()
+    assert set(codes) <= {sections["stop_exit_code"], -signal.SIGKILL} and -9 not in codes[:1]
+    [newest] = published(run.folder / "checkpoints")
+    saved = load_checkpoint(newest)
+    assert saved.step == last_step(run)  # every step that was made is in it
+    assert not saved.state["finished"]
+    assert "stopped by a signal" in job.output and f"step {saved.step} is saved" in job.output
+    assert "Traceback" not in job.output
+
+    end = ["--schedule.epochs", str((saved.step + 2) / 9)]
+    output = fork_server.run(2, *MODULE, str(run.recipe), *end)
+    assert f"resuming at step {saved.step} of {saved.step + 2}" in output
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("where", "rank"), [("batch", "1"), ("metrics", "0")])
+def test_an_evaluation_is_broken_off_and_made_up_for(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], where: str, rank: str
+) -> None:
+    """In the first evaluation, after step 9 of 12; and in the last, after which nothing else is."""
+    sections = {
+        "evaluation": {"every_epochs": 1, "batch": 4},
+        "checkpoint": {"every_steps": 1000},
+    }
+    whole = tiny_run(f"evaluated-{where}", **sections)
+    fork_server.run(2, *MODULE, str(whole.recipe))
+    for epochs, stop_step in ((STEPS / 9, 9), (0.67, 6)):
+        run = tiny_run(f"broken-off-{where}-{stop_step}", **sections)
+        schedule = ["--schedule.epochs", str(epochs)]
+        job = fork_server.start(2, EVALUATING, where, rank, str(run.recipe), *schedule)
+        assert job.wait() == [0, 0], job.output
+        saved = load_checkpoint(published(run.folder / "checkpoints")[0])
+        assert (saved.step, saved.state["evaluated_step"]) == (stop_step, 0), job.output
+        assert not saved.state["finished"]
+        assert [r for r in read_metrics(run.folder) if r["kind"] == "val"] == []
+
+        fork_server.run(2, *MODULE, str(run.recipe), *schedule)
+        evaluated = [r["step"] for r in read_metrics(run.folder) if r["kind"] == "val"]
+        assert evaluated == sorted({stop_step, round(epochs * 9)})
+        last = load_checkpoint(published(run.folder / "checkpoints")[0])
+        assert last.state["finished"] and last.state["evaluated_step"] == last.step
+        if epochs == STEPS / 9:
+            assert run.sha256() == whole.sha256()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("launcher", ["deepspeed", "launch local", "torchrun"])
+def test_sigterm_to_the_front_process_leaves_nobody(
+    tiny_run: Callable[..., TinyRun], launcher: str
+) -> None:
+    """Also to `deepspeed`, which dies at once and leaves its ranks to themselves."""
+    name = launcher.replace(" ", "-")
+    run = tiny_run(f"front-{name}", schedule=FOR_EVER, checkpoint={"every_steps": 1000})
+    process = run.start(launcher)
+    wait_for_step(run, 3)
+    os.kill(process.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + 10
+    process.communicate(timeout=60)
+    while left := processes_with(str(run.recipe)):
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.05)  # between two looks
+    [newest] = published(run.folder / "checkpoints")
+    saved = load_checkpoint(newest)
+    assert saved.step == last_step(run)
+    output = run.run("alone", "--schedule.epochs", str((saved.step + 1) / 9))
+    assert re.search(rf"resuming at step {saved.step} of {saved.step + 1} ", output), output
