@@ -1,94 +1,150 @@
-"""What a run says of itself: metrics.jsonl, which is the truth, and Weights & Biases beside it."""
+"""What a run says of itself: metrics.jsonl, which is the truth, and trackers beside it.
 
-import contextlib
+metrics.jsonl holds one record a line, and one of a kind at a step. A record is on its way to the
+disk when `log` returns: a kill of the process loses none, and cuts no more than the last line,
+which readers leave out. A run that is gone on with first drops what it is going to repeat, in one
+atomic step. So at every moment the file is either as it was before that, or as it is afterwards.
+
+Trackers (`trackers`) are given copies. They may fail; the file and training go on.
+"""
+
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import Recipe
-from .files import write_whole
+from .files import whole_file, write_whole
+from .trackers import Key, Record, evaluation_files, finish, start_backends
 
 
 class Tracker:
-    """Writes one JSON line a record, and passes it on to W&B. For the main rank only.
+    """Writes one JSON line a record, and passes it on to the trackers. For the main rank only.
 
-    A record has `kind` ("train" or "val"), `step`, `epoch` and numbers by name. The file holds
-    each step once: a resumed run first drops what it is going to repeat.
+    A record has `kind` ("train" or "val"), `step`, `epoch` and numbers by name, or groups of
+    numbers. NaN is None.
+
+    Args:
+        recipe: the whole configuration; `tracking` says which trackers there are.
+        folder: of the run; it exists.
+        step: from which the run goes on; at 0 it begins anew.
+        run_ids: the trackers' ids of the run, as `run_ids` was when the checkpoint was written.
+
+    Raises:
+        OSError: the file can't be written.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, step: int, run_id: str | None):
-        self.path = folder / "metrics.jsonl"
-        keep = [r for r in read_metrics(folder) if r["step"] <= step] if step else []
-        write_whole(self.path, "".join(json.dumps(r) + "\n" for r in keep))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(recipe, folder, run_id)
-        self.run_id = self._wandb.id if self._wandb else run_id
+    def __init__(self, recipe: Recipe, folder: Path, step: int, run_ids: dict[str, str]):
+        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.run_ids = dict(run_ids)
+        kept = _rewind(folder, step)
+        self._logged: set[Key] = {(r["kind"], r["step"]) for r in kept}
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)  # of whole lines
+        self._waiting = b""  # lines for which there was no space
+        self._lanes = start_backends(recipe, folder, step, self.run_ids, kept)
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Appends a record; it is on disk when this returns."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._wandb:
-            numbers = {
-                f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float)
-            }
-            self._try(self._wandb.log, numbers)
+    def log(self, record: Record) -> None:
+        """Appends a record, unless there is one of its kind and step."""
+        key = record["kind"], record["step"]
+        if key in self._logged:  # an evaluation, where a kill came before its checkpoint
+            return
+        self._logged.add(key)
+        self._append(record)
+        for lane in self._lanes:
+            lane.log(record)
 
-    def close(self) -> None:
-        """Ends the W&B run."""
-        self._file.close()
-        if self._wandb:
-            self._try(self._wandb.finish)
-        if "wandb" in sys.modules:
-            # Else W&B's exit hook does so, with a traceback where a launcher killed its service.
-            with contextlib.suppress(Exception):
-                sys.modules["wandb"].teardown()
+    def log_evaluation(
+        self,
+        step: int,
+        per_class: Mapping[str, Mapping[str, float]],
+        pictures: Sequence[Path] = (),
+    ) -> None:
+        """What an evaluation says beyond numbers: after the record of the step.
 
-    def _try(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Calls W&B; whatever goes wrong there never stops training."""
+        Args:
+            step: of the evaluation.
+            per_class: numbers by the name of the class, as in the results of `evaluate`.
+            pictures: what `draw_predictions` wrote for the step; see `pictures_path`.
+        """
+        table, shown = evaluation_files(self.folder, step)
+        if any(path != shown for path in pictures):
+            raise ValueError(f"the pictures of step {step} belong into {shown}")
         try:
-            call(*arguments)
-        except Exception as error:
-            print(f"W&B stopped: {error}; metrics.jsonl goes on", file=sys.stderr)
-            self._wandb = None
+            rows = [{"class": name, **values} for name, values in per_class.items()]
+            write_whole(table, json.dumps(rows, indent=1) + "\n")
+        except OSError as error:
+            _complain(f"{table}: can't be written ({error.strerror})")
+        for lane in self._lanes:
+            lane.evaluation(step)
+
+    def log_weights(self, path: Path) -> None:
+        """Gives the trackers the final weights, a file that stays where it is."""
+        for lane in self._lanes:
+            lane.put(lambda backend: backend.artifact(path))
+
+    def close(self, stop_asked: Callable[[], bool] = lambda: False) -> None:
+        """Ends the trackers, and waits for their uploads; not long once `stop_asked`."""
+        if self._waiting:
+            self._write(b"")
+        self._file.close()
+        finish(self._lanes, stop_asked)
+
+    def _append(self, record: Record) -> None:
+        self._write(json.dumps(record).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        """Appends whole lines or nothing; what finds no space waits for the next one."""
+        self._waiting += line
+        left = memoryview(self._waiting)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            _complain(f"{self.path}: can't be written ({error.strerror}); tried again later")
+            return
+        self._size += len(self._waiting)
+        self._waiting = b""
+
+
+def pictures_path(folder: Path, step: int) -> Path:
+    """Where the prediction pictures of a step belong in a run's folder."""
+    return evaluation_files(folder, step)[1]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run. A last line cut off by a kill is left out."""
+    """The records of a run. A line cut off by a kill is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
-def _start_wandb(recipe: Recipe, folder: Path, run_id: str | None) -> Any:
-    if recipe.tracking.wandb == "off":
-        return None
-    # Nothing leaves the machine unless the recipe says so, whatever the environment says.
-    os.environ["WANDB_MODE"] = recipe.tracking.wandb
-    try:
-        import wandb
+def _rewind(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Makes the file end at a step, each record once; returns what it then holds."""
+    path = folder / "metrics.jsonl"
+    records = [r for r in read_metrics(folder) if r["step"] <= step] if step else []
+    first = {(r["kind"], r["step"]): r for r in reversed(records)}
+    kept = list(reversed(first.values()))
+    text = "".join(json.dumps(r) + "\n" for r in kept).encode()
+    if not path.exists() or path.read_bytes() != text:
+        with whole_file(path) as partial, partial.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut after the renaming could leave it empty
+    return kept
 
-        return wandb.init(
-            project=recipe.tracking.project,
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            name=folder.name,
-            config=recipe.model_dump(mode="json", by_alias=True),
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-    except Exception as error:  # a tracker never stops training
-        print(
-            f"W&B does not start: {error}; metrics.jsonl is written all the same", file=sys.stderr
-        )
-        return None
+
+def _complain(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
