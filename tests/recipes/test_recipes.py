@@ -10,12 +10,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from convnext_yolo.data_prep.stream import BatchPlan
 from convnext_yolo.model.detector import Detector, build_detector, without_pretrained
 from convnext_yolo.recipes import config
 from convnext_yolo.recipes.build import architecture
+from convnext_yolo.recipes.engine import deepspeed_config
 from convnext_yolo.recipes.load import load_recipe
 
-FILES = sorted(Path(config.__file__).parent.glob("*.yaml"))
+OVERLAYS = ("zero1", "zero2", "zero3", "offload")  # for any recipe
+EVERY = sorted(Path(config.__file__).parent.glob("*.yaml"))
+FILES = [file for file in EVERY if file.stem not in OVERLAYS]
 COCO = [file for file in FILES if file.stem.endswith("_coco")]
 
 
@@ -42,6 +46,17 @@ def test_they_are_all_there() -> None:
         header = re.match(r"(#.*\n)+", file.read_text())
         assert header and "command" in header[0] and "measured " in header[0], file
         assert "MEASURED" not in header[0]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_change_nothing_but_deepspeed(name: str) -> None:
+    [base] = [file for file in FILES if file.stem == "quickstart"]
+    [overlay] = [file for file in EVERY if file.stem == name]
+    plain, laid = load_recipe([base]), load_recipe([base, overlay])
+    assert laid.model_copy(update={"deepspeed": plain.deepspeed}) == plain
+    stage = deepspeed_config(laid, BatchPlan(8, 8, 0, 1))["zero_optimization"]["stage"]
+    assert stage == (2 if name == "offload" else int(name[-1]))
+    assert f"--config {name}" in overlay.read_text()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
