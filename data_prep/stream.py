@@ -169,7 +169,7 @@ class TrainStream(IterableDataset[Part]):
 
     def _readable(self, position: int, out: np.ndarray | None) -> Sample:
         """The sample there, or the first one behind it that is not corrupt."""
-        last: CorruptSampleError | str = "known from before"
+        last: CorruptSampleError | str = "as was found before"
         for behind in range(SUBSTITUTES):
             candidate = (position + behind) % len(self.reader)
             if candidate in self._bad:
@@ -180,7 +180,7 @@ class TrainStream(IterableDataset[Part]):
                 self._bad.add(candidate)
                 self._corrupt.append(Corrupt(error.shard, error.key, error.reason))
                 last = error
-        raise DataError(f"{SUBSTITUTES} samples in a row can't be used, the last one: {last}")
+        raise DataError(f"{SUBSTITUTES} samples in a row can't be used: {last}")
 
     def draw(self, lane: int, step: int) -> Draw:
         """The random numbers of a sample."""
@@ -217,7 +217,7 @@ class TrainStream(IterableDataset[Part]):
         if step < self.start_step + WINDOW:
             # Later the windows hold nothing from before the start.
             for lane in lanes:
-                older = {s for s in _partner_steps(self.draw(lane, step), step)}
+                older = set(_partner_steps(self.draw(lane, step), step))
                 new = {(lane, s) for s in older if s < self.start_step} - sent
                 places += sorted(new)
                 sent |= new

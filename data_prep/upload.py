@@ -41,7 +41,8 @@ class RemoteOutput:
         self.name = re.sub(r"//[^/@]*@", "//", url)  # no password in a sentence
         try:
             self._store, root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
+        # Stores that connect at once (ftp, sftp) fail here, each in its own way.
+        except Exception as error:
             raise DataError(f"{self.name}: can't be opened ({error}); correct the URL.") from None
         self._root = root.rstrip("/")
         # The next run must find it again, and two outputs must not share it.

@@ -157,3 +157,9 @@ def test_somebody_elses_scratch_folder_is_not_used(coco_files, url, tmp_path):
     output._scratch.symlink_to(tmp_path / "theirs")
     with pytest.raises(DataError, match=r"is somebody else's; give your own with --scratch"):
         write(coco_files, url)
+
+
+def test_a_store_that_cannot_be_reached_is_told_in_a_sentence(coco_files):
+    """Some connect as soon as they are named."""
+    with pytest.raises(DataError, match=r"ftp://127\.0\.0\.1:1/x: can't be opened"):
+        write(coco_files, "ftp://127.0.0.1:1/x")
