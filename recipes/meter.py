@@ -88,7 +88,8 @@ class Meter:
         if time.monotonic() - self.said_s < self.LINE_EVERY_S and step != self.total_steps:
             return
         self.said_s = time.monotonic()
-        minutes, seconds = divmod(int((self.total_steps - step) * self.batch / speed), 60)
+        left = (self.total_steps - step) * self.batch
+        minutes, seconds = divmod(int(left / max(speed, 0.01)), 60)  # it is rounded to hundredths
         parts = "  ".join(f"{name} {record[name]:.4f}" for name in losses if record[name])
         each = f" ({record['images_per_s_per_device']:.1f} each)" if self.world.size > 1 else ""
         mfu = f"  MFU {record['mfu']:.0%}" if record["mfu"] else ""

@@ -16,6 +16,14 @@ from .distributed import World
 from .multi_scale import largest_frame
 
 OBJECTS = 32  # in each picture that is tried: a crowded mosaic
+# What a lack of memory is called by libraries that take their own: oneDNN, cuBLAS, cuDNN, CUDA.
+LACKS = (
+    "could not create a primitive",
+    "could not create a memory object",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 def find_micro_batch(recipe: Recipe, model: Detector, criterion: Criterion, world: World) -> int:
@@ -45,7 +53,12 @@ def find_micro_batch(recipe: Recipe, model: Detector, criterion: Criterion, worl
         starting_batch_size=share, reduce_batch_size_fn=lambda: next(smaller)
     )
     def search(size: int) -> int:
-        _try(size, recipe, model, criterion, world.device)
+        try:
+            _try(size, recipe, model, criterion, world.device)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or any(lack in str(error) for lack in LACKS):
+                raise RuntimeError(f"{error}: out of memory.") from None  # accelerate's word for it
+            raise
         return size
 
     try:

@@ -51,11 +51,11 @@ def is_finished(recipe: Recipe) -> bool:
     if not latest:
         return False
     try:
-        state = load_checkpoint(latest[0]).state
+        checkpoint = load_checkpoint(latest[0])
     except CheckpointError:
         return False
-    now = recipe.model_dump(mode="json", by_alias=True)
-    return bool(state["finished"]) and state["recipe"] == now
+    now = with_found_micro_batch(recipe, checkpoint).model_dump(mode="json", by_alias=True)
+    return bool(checkpoint.state["finished"]) and checkpoint.state["recipe"] == now
 
 
 def check_data(checkpoint: Checkpoint, fingerprint: str, shards: str) -> None:

@@ -92,7 +92,9 @@ def test_other_trunks(name: str) -> None:
 
 def test_csp_darknet() -> None:
     """In double precision, so that nothing hides in rounding."""
-    plain, checkpointed, share = both(lambda: CSPDarknet(0.33, 0.25).double(), picture(torch.double))
+    plain, checkpointed, share = both(
+        lambda: CSPDarknet(0.33, 0.25).double(), picture(torch.double)
+    )
     assert share < 0.3
     assert_same_statistics(plain, checkpointed)
 
@@ -111,7 +113,9 @@ def assert_same_statistics(plain: nn.Module, checkpointed: nn.Module) -> None:
     assert twice or not micro_batch_norms(plain)
 
 
-@pytest.mark.parametrize("build", [lambda: Backbone("test_convnext"), lambda: CSPDarknet(0.33, 0.25)])
+@pytest.mark.parametrize(
+    "build", [lambda: Backbone("test_convnext"), lambda: CSPDarknet(0.33, 0.25)]
+)
 def test_inference_is_not_touched(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     backbone = build().eval()

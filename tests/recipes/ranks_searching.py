@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from convnext_yolo.model.detector import build_criterion, build_detector
-from convnext_yolo.recipes import micro_batch
+from convnext_yolo.recipes import distributed, micro_batch
 from convnext_yolo.recipes.build import architecture
 from convnext_yolo.recipes.config import RecipeError
-from convnext_yolo.recipes.distributed import start_world, stop_world
 from convnext_yolo.recipes.load import load_recipe
 
 
@@ -30,7 +29,10 @@ def limit_memory(mib: int) -> None:
 
 if __name__ == "__main__":
     folder, path, kind, *numbers = sys.argv[1:]
-    world = start_world()
+    if kind == "memory":
+        # What a try has freed must go back for the next one: oneDNN maps the code it makes.
+        setattr(distributed, "keep_freed_memory", lambda device: None)  # noqa: B010, as below
+    world = distributed.start_world()
     recipe = load_recipe([Path(path)], [])
     model = build_detector(architecture(recipe, 3))
     criterion = build_criterion(model, recipe.model.loss.model_dump())
@@ -46,6 +48,7 @@ if __name__ == "__main__":
 
     setattr(micro_batch, "_try", attempt)  # noqa: B010, mypy takes it for a mistake
     if kind == "memory":
+        whole(1, recipe, model, criterion, world.device)  # threads begin, libraries are loaded
         limit_memory(int(numbers[0]))
     told: dict[str, Any] = {}
     try:
@@ -54,4 +57,4 @@ if __name__ == "__main__":
         told["error"] = str(error)
     told["tried"] = tried
     Path(folder, f"{world.rank}.json").write_text(json.dumps(told))
-    stop_world()
+    distributed.stop_world()

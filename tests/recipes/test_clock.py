@@ -82,9 +82,7 @@ def test_the_device_is_waited_for_in_measured_steps_only(monkeypatch: pytest.Mon
 
 
 @pytest.mark.process
-def test_collectives_are_taken_out_of_their_phase(
-    fork_server: ForkServer, tmp_path: Path
-) -> None:
+def test_collectives_are_taken_out_of_their_phase(fork_server: ForkServer, tmp_path: Path) -> None:
     """Rank 0 waits inside of collectives for rank 1, which computes for a second."""
     fork_server.run(2, SCRIPT, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

@@ -28,7 +28,10 @@ def recipe(seed: int, image_px: tuple[int, int], reach: float) -> Recipe:
 
 @settings(deadline=None)
 @given(
-    seed=st.integers(0, 2**32), step=st.integers(0, 10**7), image_px=FRAMES_PX, reach=st.floats(0, 0.9)
+    seed=st.integers(0, 2**32),
+    step=st.integers(0, 10**7),
+    image_px=FRAMES_PX,
+    reach=st.floats(0, 0.9),
 )
 def test_a_frame_is_within_reach_and_in_whole_strides(
     seed: int, step: int, image_px: tuple[int, int], reach: float
@@ -81,7 +84,7 @@ def test_pictures_and_boxes_scale_together(
         assert found is images and scaled is boxes
         return
     assert found.shape == (2, 3, *after_px) and found.dtype == torch.float32
-    assert -1e-6 <= float(found.min()) and float(found.max()) <= 1 + 1e-6
+    assert float(found.min()) >= -1e-6 and float(found.max()) <= 1 + 1e-6
     (height, width), (before_height, before_width) = after_px, before_px
     for box, now in zip(boxes.double().tolist(), scaled.tolist(), strict=True):
         factors = (width / before_width, height / before_height) * 2

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from convnext_yolo.recipes.checkpoint import Checkpoint, CheckpointError
+from convnext_yolo.recipes.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    CheckpointError,
+    manifest_sha256,
+)
 from convnext_yolo.recipes.config import Recipe
 from convnext_yolo.recipes.load import load_recipe
 from convnext_yolo.recipes.resume import check_data, is_finished, recipe_changes
@@ -79,3 +85,21 @@ def test_a_run_that_is_not_there_is_not_finished(tmp_path: Path) -> None:
     assert not is_finished(recipe)
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert not is_finished(recipe)
+
+
+def test_a_run_that_searched_its_micro_batch_can_be_finished(tmp_path: Path) -> None:
+    """What it found is in its checkpoint, not in the recipe that is asked about."""
+    asked = load_recipe([], ["--run", str(tmp_path), "--batch.find_micro", "true"])
+    found = load_recipe([], [*("--run", str(tmp_path)), "--batch", "{find_micro: true, micro: 64}"])
+    manifest = {
+        "format": FORMAT,
+        "step": 4,
+        "state": {"finished": True, "recipe": found.model_dump(mode="json", by_alias=True)},
+        "parts": {},
+    }
+    manifest["sha256"] = manifest_sha256(manifest)
+    path = tmp_path / "checkpoints" / "step-00000004" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(manifest))
+    assert is_finished(asked)
+    assert not is_finished(load_recipe([], ["--run", str(tmp_path)]))

@@ -83,7 +83,7 @@ def test_every_peak_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mfu_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that does its 312 TFLOP/s on a model of 100 GFLOP passes: 1,040 pictures a second."""
+    """At 312 TFLOP/s a device does as many pictures as it can: three passes of each."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     known = Utilization(yolov5(0.33, 0.25), (640, 640), GPU, "bf16")
     full = 312e3 / (3 * known.gflops)

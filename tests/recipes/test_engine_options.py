@@ -1,0 +1,56 @@
+"""torch.compile and activation checkpointing in real runs: they change no number that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import TinyRun
+from .forkserver import ForkServer
+from .short_runs import FOUR_STEPS, losses, saved, train
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_computes_the_same(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], stage: int
+) -> None:
+    """On two ranks, with stochastic depth, whose second draw must be the first's."""
+    runs = []
+    for on in (False, True):
+        options = {"stage": stage, "activation_checkpointing": on}
+        runs.append(tiny_run(f"checkpointing-{stage}-{on}", deepspeed=options, **FOUR_STEPS))
+        train(fork_server, runs[-1], 2)
+    plain, checkpointed = runs
+    for found, want in zip(losses(checkpointed.folder), losses(plain.folder), strict=True):
+        assert found == pytest.approx(want, abs=1e-5)
+    ours, theirs = saved(checkpointed.folder).tensors, saved(plain.folder).tensors
+    statistics = [name for name in ours if "running_" in name and name.startswith("model/")]
+    assert statistics
+    for name in statistics:
+        assert ours[name].numpy() == pytest.approx(theirs[name].numpy(), abs=1e-5), name
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.long
+def test_a_compiled_model_trains_the_same(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """Without stochastic depth: compiled code draws its own random numbers."""
+    model = {
+        "name": "seed_convnext_yolo",
+        "backbone": {"name": "test_convnext"},
+        "adapter_channels": [16, 24, 32],
+        "neck_channels": [16, 24, 32],
+    }
+    runs = []
+    for on in (False, True):
+        options = {"stage": 1, "compile": on}
+        runs.append(tiny_run(f"compiled-{on}", model=model, deepspeed=options, **FOUR_STEPS))
+        train(fork_server, runs[-1], 1)
+    eager, compiled = (losses(run.folder) for run in runs)
+    for found, want in zip(compiled, eager, strict=True):
+        assert found == pytest.approx(want, abs=1e-3)
+    assert compiled != eager  # to the last digit: it was compiled
