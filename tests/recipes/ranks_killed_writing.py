@@ -64,7 +64,7 @@ if __name__ == "__main__":
     points = Points(int(fatal))
     if mine:
         install(points)
-    checkpoint_writer.PART_BYTES = 2**18  # or one part would hold all, and rank 0 write it
+    checkpoint_writer.PART_BYTES = 2**20  # or one part would hold all, and rank 0 write it
     code = main(["train", "--config", recipe, *options])
     if mine:
         print(f"points: {points.count}", flush=True)

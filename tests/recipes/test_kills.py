@@ -27,7 +27,7 @@ EVERY = 3  # steps between checkpoints
 SECTIONS: dict[str, Any] = {
     "checkpoint": {"every_steps": EVERY, "keep": 2, "keep_best": False},
     "deepspeed": {"stage": 2},
-    "evaluation": {"every_epochs": 0.6},
+    "evaluation": {"every_epochs": 100},
 }
 
 

@@ -109,7 +109,8 @@ def test_sigterm_to_the_front_process_leaves_nobody(
 ) -> None:
     """Also to `deepspeed`, which dies at once and leaves its ranks to themselves."""
     name = launcher.replace(" ", "-")
-    run = tiny_run(f"front-{name}", schedule=FOR_EVER, checkpoint={"every_steps": 1000})
+    wandb = "offline" if launcher == "launch local" else "off"  # its processes must go too
+    run = tiny_run(f"front-{name}", wandb, schedule=FOR_EVER, checkpoint={"every_steps": 1000})
     process = run.start(launcher)
     wait_for_step(run, 3)
     os.kill(process.pid, signal.SIGTERM)

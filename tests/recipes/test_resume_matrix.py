@@ -78,6 +78,16 @@ def test_the_average_is_that_of_one_process(written: Any, kind: tuple[int, int])
         torch.testing.assert_close(tensors[f"ema/{key}"], value, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_stages_and_ranks_train_the_same(written: Any) -> None:
+    """The losses of one process at stage 0 are everybody's."""
+    _, alone = note(written[0] / f"{name(KINDS[0])}.written")
+    for kind in KINDS[1:]:
+        _, record = note(written[0] / f"{name(kind)}.written")
+        assert record["batches"] == alone["batches"]
+        for ours, theirs in zip(record["losses"], alone["losses"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4), kind
+
+
 @pytest.mark.parametrize("averaged", [True, False], ids=["ema", "no-ema"])
 def test_exports_are_gathers_of_the_live_model(
     written: Any, tmp_path: Path, averaged: bool

@@ -1,9 +1,11 @@
-"""The training run in real processes: kills, resumes, stages, launchers, signals."""
+"""The training run in real processes: launchers, a kill and a resume, both designs and optimizers.
+
+Stages, ranks, kills at other moments and signals have files of their own.
+"""
 
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 
 from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 
+from .forkserver import ForkServer
+
 pytestmark = pytest.mark.process
+MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +49,9 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Any, tiny_run: Callable[
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(
-    ("stage", "launcher", "options"),
-    [
-        (0, "deepspeed", []),
-        (1, "deepspeed", []),
-        (3, "deepspeed", []),
-        (3, "alone", ["--deepspeed.stage", "1"]),  # on other hardware than it began on
-    ],
-)
-def test_stages_have_equal_losses_and_resume(
-    whole: Any, tiny_run: Callable[..., Any], stage: int, launcher: str, options: list[str]
+def test_ours_trains_the_same_whole_and_partitioned(
+    fork_server: ForkServer, tiny_run: Callable[..., Any]
 ) -> None:
-    """Stages 0, 1 and 3 give stage 2's losses, across a kill and a resume."""
-    run = tiny_run(f"stage{stage}", deepspeed={"stage": stage})
-    run.kill_after("deepspeed", step=6)
-    assert resumed_at(run.run(launcher, *options)) in (4, 8)
-    for step, (ours, theirs) in enumerate(zip(run.losses(), whole.losses(), strict=True)):
-        assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
-
-
-def test_ours_trains_the_same_whole_and_partitioned(tiny_run: Callable[..., Any]) -> None:
     """The anchor-free detector, one head for all levels: ZeRO-3 on two ranks, and alone."""
     model = {
         "backbone": {"name": "test_convnext", "options": {"drop_path_rate": 0.2}},
@@ -73,18 +60,20 @@ def test_ours_trains_the_same_whole_and_partitioned(tiny_run: Callable[..., Any]
     }
     options = {"model": model, "optimizer": {"lr": 1e-3, "layer_decay": 0.8}}
     alone = tiny_run("ours-alone", deepspeed={"stage": 0}, **options)
-    alone.run("alone")
+    fork_server.run(1, *MODULE, str(alone.recipe))
     parted = tiny_run("ours-parted", deepspeed={"stage": 3}, **options)
-    parted.run("deepspeed")
+    fork_server.run(2, *MODULE, str(parted.recipe))
     for found, want in zip(parted.losses(), alone.losses(), strict=True):
         assert found == pytest.approx(want, rel=1e-4, abs=1e-4)
     mixed = tiny_run("ours-bf16", deepspeed={"stage": 1, "precision": "bf16"}, **options)
-    mixed.run("alone")
+    fork_server.run(1, *MODULE, str(mixed.recipe))
     for found, want in zip(mixed.losses(), alone.losses(), strict=True):
         assert found == pytest.approx(want, rel=0.05, abs=0.05)
 
 
-def test_sgd_and_layer_decay_resume_too(tiny_run: Callable[..., Any]) -> None:
+def test_sgd_and_layer_decay_resume_too(
+    fork_server: ForkServer, tiny_run: Callable[..., Any]
+) -> None:
     """The other optimizer, with a group for each depth of the backbone."""
     sections = {
         "optimizer": {"name": "sgd", "lr": 0.001, "weight_decay": 5e-4, "layer_decay": 0.8},
@@ -92,9 +81,9 @@ def test_sgd_and_layer_decay_resume_too(tiny_run: Callable[..., Any]) -> None:
         "schedule": {"epochs": 12 / 9, "warmup_epochs": 0.3, "decay": "linear"},
     }
     uninterrupted, killed = tiny_run("sgd", **sections), tiny_run("sgd-killed", **sections)
-    uninterrupted.run("alone")
+    fork_server.run(1, *MODULE, str(uninterrupted.recipe))
     killed.kill_after("alone", step=6)
-    assert resumed_at(killed.run("alone")) in (4, 8)
+    assert resumed_at(fork_server.run(1, *MODULE, str(killed.recipe))) in (4, 8)
     assert killed.sha256() == uninterrupted.sha256()
     checkpoint = load_checkpoint(published(killed.folder / "checkpoints")[0])
     assert {name.split("/")[0] for name in checkpoint.tensors} == {
@@ -115,14 +104,3 @@ def test_launchers_train_the_same(whole: Any, tiny_run: Callable[..., Any], laun
         assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
     if launcher != "alone":
         assert run.sha256() == whole.sha256()
-
-
-def test_sigterm_to_launch_local_saves_and_leaves_nobody(tiny_run: Callable[..., Any]) -> None:
-    """A signal to the front process ends every process of the run, at a published step."""
-    run = tiny_run("stopped", wandb="offline", schedule={"epochs": 1000, "warmup_epochs": 1})
-    output = run.kill_after("launch local", step=2, number=signal.SIGTERM, front_only=True)
-    match = re.search(r"stopped by a signal; step (\d+) is saved", output)
-    assert match, output
-    newest = published(run.folder / "checkpoints")[0]
-    assert load_checkpoint(newest).step == int(match[1])
-    assert "Traceback" not in output, output
