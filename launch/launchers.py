@@ -1,39 +1,31 @@
-"""The commands that start `convnext-yolo train` in many processes, and their supervision."""
+"""DeepSpeed's launcher, on this machine and over the hosts of a hostfile.
+
+What DeepSpeed hands to other hosts goes through pdsh and a shell there, which it quotes by halves;
+`_remote_word` makes whole what it leaves.
+"""
 
 import os
+import re
 import shlex
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from ..recipes.config import Recipe, RecipeError
 from ..recipes.load import load_recipe, recipe_path
+from .addresses import free_port
+from .command import Command, File, program
+from .hostfile import read_hostfile
+from .job import (
+    Job,
+    LaunchError,
+    describe_job,
+    fitting,
+    given_environment,
+    gpus_here,
+    rank_environment,
+)
 
-
-class LaunchError(Exception):
-    """A launch that can't be or that failed. The text is one sentence."""
-
-    def __init__(self, text: str, exit_code: int = 2):
-        super().__init__(text)
-        self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Command:
-    """What is run, word by word, and the environment that it needs beside ours."""
-
-    words: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        settings = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join(settings + [shlex.quote(word) for word in self.words])
+# What means nothing to a shell, pdsh or DeepSpeed's own quoting.
+_PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
 
 def local(
@@ -44,114 +36,170 @@ def local(
     Without a number of processes: the GPUs, as many as share the batch equally, or one process
     on the CPU.
     """
-    recipe = load_recipe([recipe_path(name) for name in configs], options)
-    gpus = _gpus()
+    gpus = gpus_here()
     if processes is None:
-        processes = _fitting(recipe, gpus) if gpus else 1
+        recipe = load_recipe([recipe_path(name) for name in configs], options)
+        processes = fitting(recipe, gpus) if gpus else 1
     elif gpus and processes > gpus:
         raise LaunchError(f"--processes {processes}: this machine has {gpus} GPU(s)")
-    parts = recipe.batch.global_size // recipe.batch.micro
-    if parts % processes:
-        raise RecipeError(
-            f"--processes {processes}: batch.global = {recipe.batch.global_size} makes {parts} "
-            f"micro-batches of {recipe.batch.micro}, which {processes} processes can't share "
-            f"equally; {_fitting(recipe, processes)} can"
-        )
+    job = describe_job(configs, resume, options, [processes], f"--processes {processes}")
     environment = {}
     if not gpus:
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    words = [_script("deepspeed"), "--num_gpus", str(processes), "--master_port", _free_port()]
-    quiet = ["--log_level", "error"]  # on one machine its news of hosts and ranks is noise
-    return Command([*words, *quiet, *_train_words(configs, resume, options)], environment)
+    words = [program("deepspeed"), *_devices(processes, os.environ if gpus else {})]
+    words += ["--master_port", str(free_port())]
+    # A container may have a /job/hostfile, which DeepSpeed would read.
+    words += ["--hostfile", os.devnull]
+    words += ["--log_level", "error"]  # on one machine its news of hosts and ranks is noise
+    return Command([*words, *_ranks(job.train_words)], environment, ranks=job.ranks())
 
 
 def deepspeed(
-    configs: Sequence[str], resume: str, options: Sequence[str], hostfile: Path
+    configs: Sequence[str],
+    resume: str,
+    options: Sequence[str],
+    hostfile: Path,
+    *,
+    node_rank: int | None = None,
+    master_address: str | None = None,
+    master_port: int = 29500,
+    ssh_port: int | None = None,
+    env: Sequence[str] = (),
+    lost: Collection[str] = (),
 ) -> Command:
-    """The deepspeed launcher over the hosts of a hostfile, by its default transport (pdsh)."""
-    load_recipe([recipe_path(name) for name in configs], options)  # mistakes before any ssh
-    if not hostfile.is_file():
-        raise LaunchError(f"hostfile {hostfile}: no such file; it holds lines of `host slots=N`")
-    words = [_script("deepspeed"), "--hostfile", str(hostfile)]
-    return Command([*words, *_train_words(configs, resume, options)])
+    """The deepspeed launcher over the hosts of a hostfile: by pdsh, or by hand on each.
 
-
-def run(command: Command, dry_run: bool) -> None:
-    """Runs a command to its end, or only prints it.
-
-    Signals to this process go to every process that the command has started: the launchers
-    between us and the ranks do not all pass them on. We return when all of them are gone.
+    Args:
+        configs: recipe files or names.
+        resume: as `train` takes it.
+        options: keys of the recipe.
+        hostfile: lines of `host slots=N`.
+        node_rank: which line of the hostfile this host is, where each is started by hand.
+        master_address: of the first host; by default its name in the hostfile.
+        master_port: free on the first host.
+        ssh_port: where it is not ssh's own.
+        env: `NAME=VALUE` or `NAME` for the ranks.
+        lost: hosts that are left out.
 
     Raises:
-        LaunchError: the command failed; carries its exit code.
+        LaunchError, RecipeError: a mistake, in one sentence.
     """
-    print(command if dry_run else f"$ {command}", flush=True)
-    if dry_run:
-        return
-    child = subprocess.Popen(
-        command.words, env={**os.environ, **command.environment}, start_new_session=True
+    hosts = {k: n for k, n in read_hostfile(hostfile).items() if k not in lost}
+    if not hosts:
+        raise LaunchError(f"hostfile {hostfile}: all its hosts are lost")
+    job = describe_job(
+        configs,
+        resume,
+        options,
+        list(hosts.values()),
+        f"hostfile {hostfile}: {sum(hosts.values())} slots on {len(hosts)} host(s)",
+        # Without an address DeepSpeed asks the first host by ssh for all it has, and takes the
+        # first: a container bridge's, if it is unlucky.
+        master_address=master_address or next(iter(hosts)).rpartition("@")[2],
+        master_port=master_port,
+        environment=rank_environment(env, {**deepspeed_env(os.environ), **os.environ}),
+    )
+    files: tuple[File, ...] = ()
+    if lost:
+        left = "".join(f"{host} slots={slots}\n" for host, slots in hosts.items())
+        files = (File(job.folder / "hostfile", left),)
+        hostfile = files[0].path
+    words = [program("deepspeed"), "--hostfile", str(hostfile.absolute())]
+    words += ["--master_addr", job.master_address, "--master_port", str(job.master_port)]
+    if node_rank is not None:
+        if node_rank >= len(hosts):
+            raise LaunchError(
+                f"--node-rank {node_rank}: hostfile {hostfile} has {len(hosts)} host(s); they "
+                "count from 0"
+            )
+        words += ["--no_ssh", "--node_rank", str(node_rank)]
+        first = sum(list(hosts.values())[:node_rank])
+        mine = {first + k: "localhost" for k in range(hosts[list(hosts)[node_rank]])}
+        return Command(
+            [*words, *_ranks(job.train_words)],
+            given_environment(env, os.environ),
+            ranks=job.ranks(mine),
+        )
+    words += ["--log_level", "warning"]  # its news has every variable in it, several times
+    words.append("--force_multi")  # also one host is the one named, not this one
+    if ssh_port:
+        words += ["--ssh_port", str(ssh_port)]
+    _check_remote_shell(Path.cwd(), program("python"))
+    file = _env_file(job)
+    names = [host for host, slots in hosts.items() for _ in range(slots)]
+    return Command(
+        [*words, *_ranks(map(_remote_word, job.train_words))],
+        # Instead of ~/.deepspeed_env, whose settings are in it; ours alone of all jobs.
+        {"DS_ENV_FILE": str(file.path)},
+        files,
+        job.ranks(dict(enumerate(names)), (*reversed(hosts), job.master_address)),
+        file,
     )
 
-    def forward(number: int, _: Any) -> None:
-        _signal_group(child.pid, number)
 
-    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        code = child.wait()
-        _wait_for_group(child.pid)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code:
-        code = 128 - code if code < 0 else code
-        raise LaunchError(f"the launcher ended with exit code {code}; see its output above", code)
-
-
-def _wait_for_group(group: int, limit_s: float = 60.0) -> None:
-    """Waits until no process of the group is left; after the limit, ends what is."""
-    deadline = time.monotonic() + limit_s
-    while _signal_group(group, 0):
-        if time.monotonic() > deadline:
-            _signal_group(group, signal.SIGKILL)
-        time.sleep(0.05)
+def deepspeed_env(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the user's own `.deepspeed_env` files set, at home and here. Comments are no harm."""
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    found = {}
+    for folder in (Path.home(), Path()):  # DeepSpeed's order, the last wins
+        path = folder / name
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                key, equals, value = line.strip().partition("=")
+                if equals and not key.startswith("#"):
+                    found[key.strip()] = value.strip()
+    return found
 
 
-def _signal_group(group: int, number: int) -> bool:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _devices(processes: int, environment: Mapping[str, str]) -> list[str]:
+    """As many of the GPUs that this process may see: DeepSpeed's --num_gpus takes any."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return ["--num_gpus", str(processes)]
+    if not re.fullmatch(r"\d+(,\d+)*", visible):
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher takes only numbers there; "
+            "use `launch torchrun`"
+        )
+    return ["--include", "localhost:" + ",".join(visible.split(",")[:processes])]
 
 
-def _train_words(configs: Sequence[str], resume: str, options: Sequence[str]) -> list[str]:
+def _ranks(words: Iterable[str]) -> list[str]:
     # Ranks learn their number from the environment, not from --local_rank.
-    words = ["--no_local_rank", "--module", "convnext_yolo.launch", "train"]
-    for config in configs:
-        words += ["--config", str(recipe_path(config))]
-    return [*words, "--resume", resume, *options]
+    return ["--no_local_rank", "--module", *words]
 
 
-def _fitting(recipe: Recipe, limit: int) -> int:
-    """The most processes up to a limit that share the global batch equally."""
-    parts = recipe.batch.global_size // recipe.batch.micro
-    return max(n for n in range(1, limit + 1) if parts % n == 0)
+def _env_file(job: Job) -> File:
+    """The variables that DeepSpeed exports on every host. It knows no comments and no empty lines.
+
+    Raises:
+        LaunchError: a value that would not arrive as it is.
+    """
+    for name, value in job.environment.items():
+        if re.search(r'["$`\\%\n]', value) or value != value.strip():
+            raise LaunchError(
+                f"{name}={value!r}: DeepSpeed can't hand this value to other hosts; set it there, "
+                f"or give another by --env {name}=VALUE"
+            )
+    lines = "".join(f"{name}={value}\n" for name, value in job.environment.items())
+    return File(job.folder / "deepspeed_env", lines)
 
 
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _script(name: str) -> str:
-    """A program that was installed beside this Python, or of that name on the PATH."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
+def _remote_word(word: str) -> str:
+    """A word that is the same again after DeepSpeed's quoting, pdsh and the other host's shell."""
+    word = word.replace("%", "%%")  # pdsh puts the host's name for %h, and so on
+    if _PLAIN.fullmatch(word):
+        return word
+    if " " in word:  # DeepSpeed puts it between double quotes and escapes those within
+        return re.sub(r"[\\$`]", r"\\\g<0>", word)
+    return shlex.quote(word)
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def _check_remote_shell(*paths: Path | str) -> None:
+    for path in paths:
+        if not _PLAIN.fullmatch(str(path)):
+            raise LaunchError(
+                f"{path}: DeepSpeed can't name this path to other hosts, for its spaces or special "
+                "characters; use one without"
+            )

@@ -29,6 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _COMPONENTS = {
     "chromium": (("chromium", "chromium-browser", "google-chrome"), "apt-get install chromium"),
     "git": (("git",), "apt-get install git"),
+    "pdsh": (("pdsh",), "apt-get install pdsh"),
     "shellcheck": (("shellcheck",), "apt-get install shellcheck"),
 }
 

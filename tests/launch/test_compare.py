@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from convnext_yolo.launch import compare
-from convnext_yolo.recipes import state
+from convnext_yolo.recipes import resume
 from convnext_yolo.recipes.load import load_recipe
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
@@ -30,7 +30,7 @@ def test_a_run_is_begun_gone_on_with_begun_anew_or_left(tmp_path, monkeypatch) -
     (run / "recipe.yaml").write_text(other.to_yaml())
     [command] = compare._training(RECIPE, 1, run)
     assert "--resume never" in command
-    monkeypatch.setattr(state, "is_finished", lambda wanted: wanted == recipe)
+    monkeypatch.setattr(resume, "is_finished", lambda wanted: wanted == recipe)
     assert compare._training(RECIPE, 1, run) == []
 
 

@@ -1,15 +1,43 @@
-"""What the launchers would run, and that it is what they run."""
+"""What the launchers would run, that their own parsers read it as meant, and that it trains."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from convnext_yolo.launch import launchers
+from convnext_yolo.launch import elastic, launchers, slurm
+from convnext_yolo.launch.addresses import free_port
 from convnext_yolo.launch.cli import main
-from convnext_yolo.recipes.config import RecipeError
+from convnext_yolo.launch.command import Command
+from convnext_yolo.launch.hostfile import read_hostfile
+from convnext_yolo.launch.job import LaunchError, given_environment, rank_environment
+from convnext_yolo.recipes.config import Recipe, RecipeError
+from convnext_yolo.recipes.engine import batch_plan, deepspeed_config
+from convnext_yolo.recipes.load import load_recipe
+from convnext_yolo.recipes.tracking import read_metrics
+
+from .conftest import STEPS
+
+BIN = Path(sys.executable).parent
+OPTIONS = ["--optimizer.lr", "0.0005", "--deepspeed.stage", "3"]
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostfile"
+    path.write_text("# two hosts\nhost-a slots=2\n\nuser@host-b slots=2\n")
+    return path
 
 
 def test_local_prints_the_exact_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,22 +53,467 @@ def test_local_prints_the_exact_command(capsys: pytest.CaptureFixture[str]) -> N
     assert command[module + 5 :] == ["--resume", "auto", "--run", "runs/a b"]
 
 
+def test_local_takes_the_gpus_that_it_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "gpus_here", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    words = launchers.local(["quickstart"], "auto", [], None).words
+    assert words[words.index("--include") + 1] == "localhost:5,6"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0a1b")
+    with pytest.raises(LaunchError, match="CUDA_VISIBLE_DEVICES=MIG-0a1b"):
+        launchers.local(["quickstart"], "auto", [], None)
+
+
 def test_processes_that_do_not_share_the_batch() -> None:
     with pytest.raises(RecipeError, match=r"--processes 3: .*makes 2 micro-batches of 8.*; 2 can"):
         launchers.local(["quickstart"], "auto", [], 3)
 
 
-def test_deepspeed_over_a_hostfile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# ---- one recipe, every launcher
+
+
+def of_deepspeed(command: Command) -> tuple[int, Sequence[str]]:
+    """How many ranks DeepSpeed's own parsers find in a command, and what each runs."""
+    from deepspeed.launcher import runner
+
+    parsed = runner.parse_args(command.words[1:])
+    assert parsed.module and parsed.no_local_rank
+    pool = runner.fetch_hostfile(parsed.hostfile)
+    world = sum(pool.values()) if pool else parsed.num_gpus
+    return world, [parsed.user_script, *parsed.user_args]
+
+
+def of_torchrun(command: Command) -> tuple[int, Sequence[str]]:
+    from torch.distributed import run
+
+    parsed = run.get_args_parser().parse_args(command.words[1:])
+    assert parsed.module
+    world = int(parsed.nnodes) * int(parsed.nproc_per_node)
+    return world, [parsed.training_script, *parsed.training_script_args]
+
+
+def of_accelerate(command: Command) -> tuple[int, Sequence[str]]:
+    from accelerate.commands import launch
+
+    command.write_files()
+    parsed = launch.launch_command_parser().parse_args(command.words[2:])
+    parsed, _, _ = launch._validate_launch_command(parsed)
+    assert parsed.multi_gpu and parsed.module and not parsed.use_deepspeed
+    assert parsed.mixed_precision == "no" and parsed.rdzv_backend == "static"
+    return parsed.num_processes, [parsed.training_script, *parsed.training_script_args]
+
+
+def of_slurm(command: Command) -> tuple[int, Sequence[str]]:
+    command.write_files()
+    script = Path(command.words[-1]).read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.M))
+    [recipe] = re.findall(r"^recipe=\((.*)\)$", script, re.M)
+    world = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    return world, ["convnext_yolo.launch", "train", *shlex.split(recipe)]
+
+
+def resolved(train: Sequence[str]) -> Recipe:
+    """The recipe that a rank with these words trains."""
+    assert list(train[:2]) == ["convnext_yolo.launch", "train"]
+    words, configs, options = list(train[2:]), [], []
+    while words:
+        key, value = words.pop(0), words.pop(0)
+        if key == "--config":
+            configs.append(Path(value))
+        elif key != "--resume":
+            options += [key, value]
+    return load_recipe(configs, options)
+
+
+def test_one_recipe_under_every_launcher(
+    tmp_path: Path, hostfile: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    """World, batches, accumulation, learning rate, ZeRO stage: the same, read by their parsers."""
+    job = ([str(tiny_recipe(tmp_path))], "auto", OPTIONS)
+    hosts = elastic.Hosts(2, 1, 2, "127.0.0.1:29500")
+    asked = slurm.Allocation(nodes=2, processes=2)
+    found = {
+        "local": of_deepspeed(launchers.local(*job, 4)),
+        "deepspeed": of_deepspeed(launchers.deepspeed(*job, hostfile)),
+        "no-ssh": of_deepspeed(launchers.deepspeed(*job, hostfile, node_rank=1)),
+        "torchrun": of_torchrun(elastic.torchrun(*job, hosts, "id")),
+        "accelerate": of_accelerate(elastic.accelerate(*job, hosts)),
+        "slurm": of_slurm(slurm.slurm(*job, asked)),
+    }
+    for name, (world_size, train) in found.items():
+        recipe = resolved(train)
+        world: Any = type("World", (), {"rank": 0, "size": world_size})
+        plan = batch_plan(recipe, world)
+        config = deepspeed_config(recipe, plan)
+        assert (world_size, plan.global_batch, plan.micro_batch, plan.accumulation) == (
+            *(4, 8, 2),
+            1,
+        ), name
+        assert config["train_batch_size"] == 8
+        assert config["zero_optimization"]["stage"] == 3
+        assert recipe.optimizer.lr == 0.0005
+        assert recipe.model_dump() == resolved(found["local"][1]).model_dump(), name
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deepspeed", "--hostfile", "HOSTFILE"],
+        ["slurm", "--nodes", "3"],
+        ["torchrun", "--processes-per-node", "3"],
+        ["accelerate", "--processes-per-node", "3"],
+    ],
+)
+def test_a_batch_that_can_not_be_shared_is_refused_first(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=1\n")
+    words = [str(hostfile) if word == "HOSTFILE" else word for word in words]
+    assert main(["launch", *words, "--config", "quickstart", "--run", str(tmp_path / "r")]) == 2
+    assert "which 3 processes can't share equally; 2 can" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_is_a_script_and_writes_nothing(
+    tmp_path: Path, hostfile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed is what would be used, to the byte, and a shell makes it so."""
+    run = tmp_path / "it's a run"
+    words = ["--config", "quickstart", "--run", str(run), "--dry-run"]
+    assert main(["launch", "slurm", *words, "--nodes", "2"]) == 0
+    script = capsys.readouterr().out
+    assert not run.exists()
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/sh\ncp "$1" "$0.submitted"\n')
+    sbatch.chmod(0o755)
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-eu"], input=script, text=True, check=True, env={"PATH": path})
+    printed = {p.name: p.read_bytes() for p in (run / "launch").iterdir()}
+    assert set(printed) == {"recipe.yaml", "job.sbatch"}
+    assert Path(f"{sbatch}.submitted").read_bytes() == printed["job.sbatch"]
+    command = slurm.slurm(["quickstart"], "auto", ["--run", str(run)], slurm.Allocation(nodes=2))
+    command.write_files()
+    assert {p.name: p.read_bytes() for p in (run / "launch").iterdir()} == printed
+
+
+# ---- deepspeed
+
+
+def test_words_survive_deepspeed_pdsh_and_the_other_shell(tmp_path: Path, hostfile: Path) -> None:
+    """DeepSpeed's own runner makes the pdsh command; a shell takes it apart again."""
+    from deepspeed.launcher import runner
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    hard = [
+        "a b",
+        "{a:1,b:2}",
+        "$HOME",
+        "x;y|z&",
+        'say "hi" $USER `id` \\',
+        "it's",
+        "100%n%h%%",
+        "a*",
+        "~",
+    ]
+    options = [word for value in hard for word in ("--run", value)]
+    options += ["--run", str(tmp_path / "run"), "--batch.global", "32"]
+    command = launchers.deepspeed(["quickstart"], "auto", options, hostfile)
+    args = runner.parse_args(command.words[1:])
+    pdsh, _, _ = PDSHRunner(args, "WORLD").get_cmd({}, {"host-a": [0], "host-b": [0]})
+    remote = " ".join(pdsh[pdsh.index("-w") + 2 :])
+    remote = re.sub("%[%n]", lambda match: {"%%": "%", "%n": "1"}[match[0]], remote)  # pdsh
+    words = subprocess.run(
+        ["bash", "-c", remote.replace(sys.executable, "printf '%s\\0'", 1)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    assert words[words.index("--run") : -1] == options
+
+
+def test_its_environment_file(
+    tmp_path: Path, hostfile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comments would crash DeepSpeed; the user's own file is taken over; nothing secret is."""
+    (tmp_path / ".deepspeed_env").write_text("# mine\nFROM_FILE=1\n\nNCCL_DEBUG=INFO\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    options = ["--run", str(tmp_path / "run"), "--batch.global", "32"]
+    command = launchers.deepspeed(["quickstart"], "auto", options, hostfile, env=["A=b c"])
+    file = command.env_file
+    assert (
+        file and command.environment == {"DS_ENV_FILE": str(file.path)} and file.path.is_absolute()
+    )
+    found = dict(line.split("=", 1) for line in file.text.splitlines())
+    assert found["A"] == "b c" and found["NCCL_DEBUG"] == "WARN" and found["OMP_NUM_THREADS"]
+    assert found["PATH"].startswith(f"{BIN}:")
+    assert "WANDB_API_KEY" not in found and "#" not in file.text
+    with pytest.raises(LaunchError, match=r"A='\$x'.*can't hand"):
+        launchers.deepspeed(["quickstart"], "auto", options, hostfile, env=["A=$x"])
+    with pytest.raises(LaunchError, match="--env NOT_SET: it is not set here"):
+        given_environment(["NOT_SET"], {})
+    assert rank_environment(["B"], {"B": "1", "C": "2"}).keys() == {"B", "OMP_NUM_THREADS", "PATH"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["no such file"]),
+        ("", ["has no host"]),
+        ("a slots=1\na slots=2\n", ["line 2", "a is there already"]),
+        ("a slot=1\n", ["line 1", "`host slots=N`"]),
+        ("a slots=1 b slots=2\n", ["line 1"]),  # DeepSpeed would take the half of it
+        ("# x\na slots=0\n", ["line 2"]),
+    ],
+)
+def test_hostfile_mistakes(tmp_path: Path, text: str | None, parts: list[str]) -> None:
+    path = tmp_path / "hostfile"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(LaunchError) as failure:
+        read_hostfile(path)
+    assert all(part in str(failure.value) for part in [str(path), *parts]), failure.value
+
+
+def test_mistakes_about_hosts(hostfile: Path, fails: Callable[..., str]) -> None:
+    on = ["launch", "deepspeed", "--config", "quickstart", "--hostfile", hostfile]
+    assert "--no-ssh and --node-rank" in fails(*on, "--no-ssh")
+    many = ["--batch.global", "32"]
+    assert "--node-rank 2" in fails(*on, "--no-ssh", "--node-rank", "2", *many)
+    for name, flag in (("torchrun", "--rdzv-endpoint"), ("accelerate", "--master")):
+        by_hand = ["launch", name, "--config", "quickstart", "--processes-per-node", 1]
+        assert "--node-rank is missing" in fails(*by_hand, "--nodes", 2)
+        assert f"{flag} is missing" in fails(*by_hand, "--nodes", 2, "--node-rank", 0)
+        two = [*by_hand, "--nodes", 2, flag]
+        assert "is not HOST:PORT" in fails(*two, "node-1", "--node-rank", 0)
+        assert "count from 0" in fails(*two, "127.0.0.1:1", "--node-rank", 2)
+        assert "give --nodes N" in fails(*by_hand, "--node-rank", 1)
+    assert "--sbatch" in fails("launch", "slurm", "--config", "quickstart", "--sbatch", "gpu:1")
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused; returns its one sentence."""
+
+    def run(*words: object) -> str:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = int(str(end.code))
+        error = capsys.readouterr().err
+        assert code == 2 and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+# ---- processes
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    path = ":".join([*map(str, folders), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def start(
+    *words: object, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """A process with its output in one, in a session of its own."""
+    return subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=env or environment(),
+        cwd=cwd,
+    )
+
+
+def trained(folder: Path, *processes: subprocess.Popen[str]) -> list[list[float]]:
+    """The losses of each step, when all have ended well."""
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * len(processes), "\n".join(outputs)
+    assert "global batch 8 = micro-batch 2 x 2 x 2" in "".join(outputs), outputs
+    return losses(folder)
+
+
+def losses(folder: Path) -> list[list[float]]:
+    records = [r for r in read_metrics(folder / "run") if r["kind"] == "train"]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    return [[r[name] for name in ("box", "obj", "cls")] for r in records]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., Path]
+) -> list[list[float]]:
+    """The losses of `launch local`."""
+    folder = tmp_path_factory.mktemp("local")
+    recipe = tiny_recipe(folder)
+    words = (BIN / "convnext-yolo", "launch", "local", "--config", recipe, "--processes", 2)
+    return trained(folder, start(*words))
+
+
+def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
+    assert found == [pytest.approx(step, abs=1e-4) for step in expected]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_two_hosts_started_by_hand(
+    launcher: str,
+    tmp_path: Path,
+    tiny_recipe: Callable[..., Path],
+    expected: list[list[float]],
+) -> None:
+    """Twice the same command with another --node-rank, here on one host."""
+    recipe, port = tiny_recipe(tmp_path), free_port()
     hostfile = tmp_path / "hostfile"
-    hostfile.write_text("a slots=8\nb slots=8\n")
-    words = ["launch", "deepspeed", "--config", "quickstart", "--hostfile", str(hostfile)]
-    assert main([*words, "--dry-run"]) == 0
-    assert f"deepspeed --hostfile {hostfile} --no_local_rank --module" in capsys.readouterr().out
-    assert main([*words[:-1], str(tmp_path / "none"), "--dry-run"]) == 2
+    hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+    where = {
+        "torchrun": ["--nodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}"],
+        "accelerate": ["--nodes", 2, "--master", f"127.0.0.1:{port}"],
+        "deepspeed": ["--hostfile", hostfile, "--no-ssh", "--master-port", port],
+    }[launcher]
+    words = [BIN / "convnext-yolo", "launch", launcher, "--config", recipe, *where]
+    words += [] if launcher == "deepspeed" else ["--processes-per-node", 1]
+    assert_same(trained(tmp_path, *(start(*words, "--node-rank", k) for k in (0, 1))), expected)
+
+
+@pytest.fixture
+def ssh_to_here(tmp_path: Path) -> Path:
+    """A folder with an `ssh` that runs the command on this machine, whatever the host."""
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    # pdsh: ssh OPTIONS… HOST COMMAND…
+    skip = 'while [[ $1 == -* ]]; do if [ "$1" = -o ]; then shift; fi; shift; done; shift'
+    ssh.write_text(f'#!/bin/bash\n{skip}\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    return ssh.parent
+
+
+@pytest.mark.process
+def test_deepspeed_over_pdsh(
+    tmp_path: Path,
+    tiny_recipe: Callable[..., Path],
+    expected: list[list[float]],
+    ssh_to_here: Path,
+    component: Callable[[str], Path],
+) -> None:
+    component("pdsh")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
+    words = ("--hostfile", hostfile, "--master-addr", "127.0.0.1")
+    words += ("--master-port", str(free_port()))
+    process = start(
+        *(BIN / "convnext-yolo", "launch", "deepspeed", "--config", tiny_recipe(tmp_path), *words),
+        env=environment(ssh_to_here),
+    )
+    assert_same(trained(tmp_path, process), expected)
+
+
+@pytest.mark.process
+def test_a_signal_over_pdsh_saves_and_touches_no_other_job(
+    tmp_path: Path,
+    tiny_recipe: Callable[..., Path],
+    ssh_to_here: Path,
+    component: Callable[[str], Path],
+) -> None:
+    """DeepSpeed's own answer would end whatever has its per-node launcher's name."""
+    component("pdsh")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
+    words = ["--hostfile", hostfile, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    recipe = tiny_recipe(tmp_path, schedule={"epochs": 1000, "warmup_epochs": 1})
+    name = "python -u -m deepspeed.launcher.launch"  # another job's, by what pkill sees
+    other = start("bash", "-c", f"exec -a '{name}' sleep 1000")
+    process = start(
+        *(BIN / "convnext-yolo", "launch", "deepspeed", "--config", recipe, *words),
+        env=environment(ssh_to_here),
+    )
+    deadline_s = time.monotonic() + 200
+    while not any(r["kind"] == "train" for r in read_metrics(tmp_path / "run")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s, "no step in time"
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and "is saved, `--resume auto` goes on" in output, output
+    assert other.poll() is None
+    other.kill()
+    other.communicate()
+    assert not any(str(recipe) in words for words in command_lines())
+    assert "training" in (tmp_path / "run/logs/rank-0.log").read_text()
+    assert (tmp_path / "run/logs/rank-1.log").exists()
+
+
+def command_lines() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if int(path.parent.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                found.append(path.read_bytes().decode(errors="replace"))
+    return found
+
+
+@pytest.fixture
+def slurm_here(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job's first host, and the programs of Slurm that its script calls.
+
+    `srun` starts two tasks here.
+    """
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    programs = {
+        "srun": "while [[ $1 == -* ]]; do shift; done\nexport SLURM_NTASKS=2\n"
+        'for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks+=($!); done\n'
+        'code=0; for t in "${tasks[@]}"; do wait "$t" || code=$?; done; exit "$code"',
+        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else touch {folder}/requeued; fi',
+        "squeue": "echo RUNNING",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "host"}
+    return {**environment(folder), **job}
+
+
+@pytest.mark.process
+def test_the_slurm_script(
+    tmp_path: Path,
+    tiny_recipe: Callable[..., Path],
+    expected: list[list[float]],
+    slurm_here: dict[str, str],
+) -> None:
+    """It trains as the others do, and is then done."""
+    recipe = tiny_recipe(tmp_path)
+    command = slurm.slurm([str(recipe)], "never", [], slurm.Allocation(nodes=1, processes=2))
+    command.write_files()
+    script = command.words[-1]
+    assert_same(trained(tmp_path, start("bash", script, env=slurm_here)), expected)
+    assert not (tmp_path / "slurm/requeued").exists()
 
 
 def test_run_passes_the_exit_code_on() -> None:
-    with pytest.raises(launchers.LaunchError) as failure:
-        launchers.run(launchers.Command(["sh", "-c", "exit 7"]), dry_run=False)
+    from convnext_yolo.launch.supervise import run
+
+    with pytest.raises(LaunchError) as failure:
+        run(lambda _: Command(["sh", "-c", "exit 7"]))
     assert failure.value.exit_code == 7
-    launchers.run(launchers.Command(["sh", "-c", 'test "$A" = b'], {"A": "b"}), dry_run=False)
+    run(lambda _: Command(["sh", "-c", 'test "$A" = b'], {"A": "b"}))
+
+
+def test_the_files_of_accelerate_are_one_for_each_host(
+    tmp_path: Path, tiny_recipe: Callable[..., Path]
+) -> None:
+    recipe = str(tiny_recipe(tmp_path))
+    files = [
+        elastic.accelerate([recipe], "auto", [], elastic.Hosts(2, k, 2, "h:1")).files[0]
+        for k in (0, 1)
+    ]
+    assert len({file.path for file in files}) == 2
+    assert [yaml.safe_load(file.text)["machine_rank"] for file in files] == [0, 1]

@@ -1,0 +1,54 @@
+"""Runs a job to its end, under supervision (`front.py`), and again if it failed.
+
+We return when none of its processes is left, on any host.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+from .command import Command
+from .front import Front, Outcome
+from .job import LaunchError
+
+
+def run(
+    render: Callable[[frozenset[str]], Command], dry_run: bool = False, max_restarts: int = 0
+) -> None:
+    """Runs what is rendered to its end, or only prints it.
+
+    Args:
+        render: makes the command, without those hosts; called again for each restart.
+        dry_run: print it as a shell script instead.
+        max_restarts: how often a job that failed is started again, without the hosts that were
+            lost. The recipe's own mistakes and signals end it.
+
+    Raises:
+        LaunchError: the job failed; says who went first, carries the exit code.
+    """
+    command = render(frozenset())
+    if dry_run:
+        print(command.script(), flush=True)
+        return
+    lost: frozenset[str] = frozenset()
+    for restart in range(max_restarts + 1):
+        outcome = _run_once(command)
+        if not outcome.code:
+            return
+        if restart == max_restarts or outcome.stopped or outcome.code == 2:
+            break
+        lost |= outcome.lost_hosts
+        print(f"{outcome.sentence}; restart {restart + 1} of {max_restarts}", file=sys.stderr)
+        command = render(lost)
+    raise LaunchError(outcome.sentence, outcome.code)
+
+
+def _run_once(command: Command) -> Outcome:
+    if command.ranks:
+        with Front(command, command.ranks) as front:
+            return front.run()
+    command.write_files()
+    print(f"$ {command}", flush=True)
+    code = subprocess.run(command.words, env={**os.environ, **command.environment}).returncode
+    return Outcome(code, f"{command.words[0]} ended with exit code {code}; see its output above")

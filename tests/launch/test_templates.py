@@ -1,0 +1,259 @@
+"""The plain scripts and templates: they are well-formed, and do what the wrapper does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from convnext_yolo.launch import slurm
+from convnext_yolo.launch.hostfile import read_hostfile
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+ROOT = LAUNCH.parent
+SCRIPTS = ("deepspeed.sh", "torchrun.sh", "accelerate.sh", "slurm.sbatch", "sge.sh")
+RECIPE = ["--config", "quickstart", "--resume", "auto", "--optimizer.lr", "0.1"]
+
+
+def kubernetes_script() -> str:
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    [container] = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    assert container["command"] == ["bash", "-c"]
+    return str(container["args"][0])
+
+
+def test_shellcheck(component: Callable[[str], Path], tmp_path: Path) -> None:
+    shellcheck = component("shellcheck")
+    rendered = tmp_path / "job.sbatch"
+    command = slurm.slurm(
+        ["quickstart"], "auto", ["--run", str(tmp_path / "a b")], slurm.Allocation(env=("A=b c",))
+    )
+    rendered.write_text(command.files[1].text)
+    pod = tmp_path / "pod.sh"
+    pod.write_text("#!/bin/bash\n" + kubernetes_script())
+    files = [*(LAUNCH / name for name in SCRIPTS), rendered, pod]
+    result = subprocess.run([shellcheck, *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def programs(folder: Path, **texts: str) -> Path:
+    """Programs of those names, in bash, instead of the real ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run(
+    words: list[object], folder: Path, stubs: Path, **environment: object
+) -> subprocess.CompletedProcess[str]:
+    path = f"{stubs}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, **{k: str(v) for k, v in environment.items()}}
+    return subprocess.run(
+        list(map(str, words)), cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+PRINTS = 'printf \'%s\\n\' "$(basename "$0")" "$@"'
+
+
+def test_deepspeed_sh(tmp_path: Path) -> None:
+    """DeepSpeed's own parsers take its command and its environment file."""
+    from deepspeed.launcher import runner
+
+    stubs = programs(tmp_path / "bin", deepspeed=f'{PRINTS}; cat "$DS_ENV_FILE" >{tmp_path}/env')
+    words = [LAUNCH / "deepspeed.sh", LAUNCH / "hostfile.example", "quickstart"]
+    result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs, NCCL_DEBUG="INFO")
+    assert result.returncode == 0, result.stderr
+    args = runner.parse_args(result.stdout.splitlines()[1:])
+    assert sum(runner.fetch_hostfile(args.hostfile).values()) == 16
+    assert (args.master_addr, args.force_multi, args.module) == ("node-1", True, True)
+    assert args.user_args == ["train", *RECIPE]
+    lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
+    assert lines["NCCL_DEBUG"] == "INFO" and lines["PATH"].startswith(str(stubs))
+    assert run(words[:1], tmp_path, stubs).returncode == 2
+
+
+def test_torchrun_sh(tmp_path: Path) -> None:
+    from torch.distributed import run as distributed_run
+
+    route = "echo '10.0.0.1 dev eth0 src 10.0.0.2 uid 0'"
+    stubs = programs(tmp_path / "bin", torchrun=PRINTS, ip=route)
+    words: list[object] = [LAUNCH / "torchrun.sh", 2, 1, "10.0.0.1:29500", 8, "quickstart"]
+    result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs)
+    assert result.returncode == 0, result.stderr
+    args = distributed_run.get_args_parser().parse_args(result.stdout.splitlines()[1:])
+    assert (args.nnodes, args.nproc_per_node, args.rdzv_backend) == ("2", "8", "c10d")
+    assert (args.rdzv_conf, args.local_addr) == ("is_host=0", "10.0.0.2")
+    assert args.training_script_args == ["train", *RECIPE]
+    first = run([*words[:2], 0, *words[3:]], tmp_path, stubs, BIN=stubs)
+    assert "is_host=1" in first.stdout.splitlines()
+    assert run(words[:3], tmp_path, stubs, BIN=stubs).returncode == 2
+
+
+def test_accelerate_sh(tmp_path: Path) -> None:
+    from accelerate.commands import launch
+
+    stubs = programs(tmp_path / "bin", accelerate=PRINTS)
+    words: list[object] = [LAUNCH / "accelerate.sh", 2, 1, "node-1:29500", 8, "quickstart"]
+    result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs)
+    assert result.returncode == 0, result.stderr
+    args = launch.launch_command_parser().parse_args(result.stdout.splitlines()[2:])
+    assert (args.num_machines, args.machine_rank, args.num_processes) == (2, 1, 16)
+    assert (args.main_process_ip, args.main_process_port) == ("node-1", 29500)
+    assert args.multi_gpu and not args.use_deepspeed and args.same_network
+    assert args.training_script_args == ["train", *RECIPE]
+
+
+def test_the_plain_slurm_script_is_the_rendered_one_but_for_its_head() -> None:
+    plain = (LAUNCH / "slurm.sbatch").read_text().partition(slurm.MARK)
+    assert plain[1] and plain[2] == slurm.TEMPLATE.read_text().partition(slurm.MARK)[2]
+    assert "--signal=USR1@" in plain[0] and "--requeue" in plain[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "finished", "state", "code", "requeued"),
+    [
+        (0, 0, "RUNNING", 0, False),  # done
+        (0, 1, "RUNNING", -9, True),  # stopped by a signal: Slurm ends the script
+        (0, 1, "CANCELLED", 0, False),  # what a user has cancelled stays so
+        (3, 1, "RUNNING", 3, False),  # what failed would fail again
+    ],
+)
+def test_when_a_slurm_job_goes_back_into_the_queue(
+    tmp_path: Path, ranks: int, finished: int, state: str, code: int, requeued: bool
+) -> None:
+    stubs = programs(
+        tmp_path / "bin",
+        python=f'case "$*" in *launch.finished*) exit {finished} ;; esac\n{PRINTS}; exit {ranks}',
+        srun="while [[ $1 == -* ]]; do shift; done; export SLURM_NTASKS=16 SLURM_LOCALID=3 \\\n"
+        f'SLURM_PROCID=11; "$@"; code=$?; env >{tmp_path}/env; exit $code',
+        scontrol='if [ "$1" = show ]; then echo node-1; echo node-2; exit; fi\n'
+        f'echo "$@" >{tmp_path}/requeued; kill -KILL $PPID',
+        squeue=f"echo {state}",
+    )
+    body = (LAUNCH / "slurm.sbatch").read_text().replace("python=.venv/bin/python", "python=python")
+    (tmp_path / "job").write_text(body.replace("\nresume=auto", "\nresume=never"))
+    job = {"SLURM_JOB_ID": 123456, "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_CPUS_PER_TASK": 5}
+    result = run(["bash", "job"], tmp_path, stubs, SLURM_RESTART_COUNT=finished, **job)
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "requeued").exists() == requeued
+    lines = result.stdout.splitlines()
+    # a job that was started before goes on, whatever its first start was told
+    assert lines[lines.index("--resume") + 1] == ("auto" if finished else "never")
+    environment = (tmp_path / "env").read_text().splitlines()
+    assert {"MASTER_ADDR=node-1", "MASTER_PORT=13456", "SRUN_CPUS_PER_TASK=5"} <= set(environment)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come about"
+        time.sleep(0.02)
+
+
+WAITS = 'trap "kill \\$!; exit {code}" {signals}; sleep 999 & touch {folder}/up; wait $!'
+
+
+@pytest.mark.parametrize(
+    ("number", "finished", "code"), [(None, 0, 0), ("USR1", 1, 99), ("USR2", 1, 99)]
+)
+def test_grid_engine(tmp_path: Path, number: str | None, finished: int, code: int) -> None:
+    """Its warnings become the one that ranks know, and 99 starts the job again."""
+    waits = WAITS.format(code=0, signals="USR1", folder=tmp_path) if number else ""
+    programs(
+        tmp_path / ".venv/bin",
+        python=f"exit {finished}",
+        **{"convnext-yolo": f"{PRINTS} >{tmp_path}/words; {waits}"},
+    )
+    (tmp_path / "pe").write_text("node-1 8 all.q@node-1 UNDEFINED\nnode-2 4 all.q@node-2 <NULL>\n")
+    env = {"TMPDIR": str(tmp_path), "PE_HOSTFILE": str(tmp_path / "pe"), "JOB_ID": "7"}
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "sge.sh"], cwd=tmp_path, env={**os.environ, **env}, start_new_session=True
+    )
+    if number:
+        until((tmp_path / "up").exists)
+        os.killpg(process.pid, getattr(signal, f"SIG{number}"))
+    assert process.wait(timeout=30) == code
+    assert read_hostfile(tmp_path / "hostfile") == {"node-1": 8, "node-2": 4}
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[1:5] == ["launch", "deepspeed", "--hostfile", str(tmp_path / "hostfile")]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "finished", "code"), [(False, 0, 0), (True, 1, 1), (True, 0, 0)]
+)
+def test_kubernetes_pods(tmp_path: Path, stopped: bool, finished: int, code: int) -> None:
+    """A pod that is moved away lets its ranks save, and does not count as done."""
+    waits = WAITS.format(code=0, signals="TERM", folder=tmp_path) if stopped else ""
+    stubs = programs(
+        tmp_path / "bin",
+        torchrun=f"{PRINTS} >{tmp_path}/words; {waits}",
+        python=f"exit {finished}",
+    )
+    env = {"WORLD_SIZE": "2", "RANK": "1", "GPUS": "8", "MASTER_ADDR": "m", "MASTER_PORT": "1"}
+    env["PATH"] = f"{stubs}:{os.environ['PATH']}"
+    process = subprocess.Popen(["bash", "-c", kubernetes_script()], env={**os.environ, **env})
+    if stopped:
+        until((tmp_path / "up").exists)
+        process.terminate()
+    assert process.wait(timeout=30) == code
+
+    from torch.distributed import run as distributed_run
+
+    words = (tmp_path / "words").read_text().splitlines()
+    args = distributed_run.get_args_parser().parse_args(words[1:])
+    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("2", 1, "8")
+    assert (args.master_addr, args.master_port) == ("m", 1)
+    assert args.training_script == "convnext_yolo.launch"
+
+
+def test_the_kubernetes_job_is_one_that_the_operator_takes() -> None:
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"} and replicas["Master"]["replicas"] == 1
+    for replica in replicas.values():
+        assert replica["restartPolicy"] == "OnFailure"
+        pod = replica["template"]["spec"]
+        [container] = pod["containers"]
+        assert container["name"] == "pytorch"  # the operator's own name for it
+        gpus = {entry["name"]: entry["value"] for entry in container["env"]}["GPUS"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(gpus)
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_dockerfile_copies_what_there_is() -> None:
+    text = re.sub(r"\\\n", "", (LAUNCH / "Dockerfile").read_text())
+    instructions = [line.split(None, 1) for line in text.splitlines() if line and line[0] != "#"]
+    assert instructions[0][0] == "FROM"
+    known = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in instructions} <= known
+    copied = [word for name, rest in instructions if name == "COPY" for word in rest.split()[:-1]]
+    assert {"model", "data_prep", "recipes", "launch", "demo", "setup.cfg"} <= set(copied)
+    assert all((ROOT / word).exists() for word in copied), copied
+    for name, rest in instructions:
+        if name == "RUN":
+            assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0, rest
+
+
+def test_the_example_hostfile() -> None:
+    assert read_hostfile(LAUNCH / "hostfile.example") == {"node-1": 8, "node-2": 8}
+
+
+def test_scripts_can_be_run_and_name_packaged_recipes() -> None:
+    for name in ("deepspeed.sh", "torchrun.sh", "accelerate.sh", "sge.sh"):
+        assert os.access(LAUNCH / name, os.X_OK), name
+    for name in ("slurm.sbatch", "sge.sh"):
+        [recipe] = re.findall(r"^recipe=\((.*)\)$", (LAUNCH / name).read_text(), re.M)
+        assert (ROOT / "recipes" / f"{shlex.split(recipe)[1]}.yaml").is_file()
