@@ -1,6 +1,7 @@
 """The command `launch`, one sub-command for each launcher."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,10 +39,8 @@ def _add_env(parser: Parser) -> None:
     )
 
 
-def _run(
-    parser: Parser, render: Callable[[argparse.Namespace], object], restarts: bool = True
-) -> None:
-    if restarts:
+def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: bool = True) -> None:
+    if here:
         parser.add_argument(
             "--max-restarts",
             type=whole_number,
@@ -51,7 +50,16 @@ def _run(
             "were lost; default 0",
         )
 
+        parser.add_argument(
+            "--no-doctor",
+            action="store_true",
+            help="start without looking for reasons why it would fail",
+        )
+
     def run(options: argparse.Namespace) -> None:
+        if here and not (options.dry_run or options.no_doctor):
+            render(options)  # what is wrong with the command itself is told at once
+            _ask_the_doctor(options)
         from .command import Command
         from .job import LaunchError
         from .supervise import run
@@ -69,6 +77,39 @@ def _run(
         run(command, options.dry_run, getattr(options, "max_restarts", 0))
 
     parser.set_defaults(run_command=run)
+
+
+def _ask_the_doctor(options: argparse.Namespace) -> None:
+    """Ends here with every reason why the run would fail. Warnings are only told."""
+    from .doctor import examine
+    from .doctor_findings import exit_code, format_findings
+    from .doctor_setup import Setup
+    from .hostfile import read_hostfile
+    from .job import LaunchError
+
+    hostfile: Path | None = getattr(options, "hostfile", None)
+    processes = getattr(options, "processes", getattr(options, "processes_per_node", None))
+    world_size = processes * getattr(options, "nodes", 1) if processes else None
+    if hostfile and getattr(options, "no_ssh", False):  # others look at the other hosts
+        slots = list(read_hostfile(hostfile).values())
+        hostfile, processes, world_size = None, slots[options.node_rank], sum(slots)
+    setup = Setup(
+        configs=options.config,
+        options=options.rest,
+        resume=options.resume,
+        hostfile=hostfile,
+        processes=processes,
+        world_size=world_size,
+        master_address=getattr(options, "master_addr", None),
+        master_port=getattr(options, "master_port", 29500),
+        ssh_port=getattr(options, "ssh_port", None),
+        env=getattr(options, "env", ()),
+    )
+    findings = examine(setup)
+    if findings:
+        print(format_findings(findings), file=sys.stderr, flush=True)
+    if exit_code(findings):
+        raise LaunchError("the doctor found errors, see above; mend them, or add --no-doctor")
 
 
 def _local(where: Commands) -> None:
@@ -206,7 +247,7 @@ def _slurm(where: Commands) -> None:
         )
         return slurm(options.config, options.resume, options.rest, allocation)
 
-    _run(parser, render, restarts=False)  # Slurm's own part
+    _run(parser, render, here=False)  # restarts are Slurm's part, and the hosts not known yet
 
 
 _BY_HAND = """

@@ -13,7 +13,7 @@
 # -notify, as USR2 (before the end of the job); the ranks save then, and exit code 99 makes Grid
 # Engine start the job again.
 bin=$PWD/.venv/bin
-recipe=(--config convnext_tiny_coco)
+recipe=(--config convnext_tiny_coco --batch.micro 8)
 # From here on there is nothing to change.
 
 # "node-1 8 all.q@node-1 UNDEFINED"  ->  "node-1 slots=8"

@@ -49,16 +49,21 @@ def test_blocks_that_run(tmp_path: Path) -> None:
         assert (tmp_path / name).is_file()
     assert (tmp_path / "preview.png").is_file()
     assert re.findall(r"^batch (\d) [0-9a-f]{64}$", result.stdout, re.M) == ["0", "1", "2"]
-    printed = re.search(r"^.*deepspeed --hostfile hostfile .*$", result.stdout, re.M)
+    printed = re.search(r"^.*deepspeed --hostfile .*$", result.stdout, re.M)
     assert printed
-    # What is printed is what the README gives to copy, but for paths and defaults.
+    # What is printed has in it what the README gives to copy, but for paths.
     shown = next(line for line in LINES if line.startswith("deepspeed"))
-    words = [Path(w).name for w in shlex.split(printed[0]) if w not in ("--resume", "auto")]
-    assert words == [Path(w).name for w in shlex.split(shown)]
+    words = iter(Path(word).name for word in shlex.split(printed[0]))
+    assert all(Path(word).name in words for word in shlex.split(shown))
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_other_lines(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_lines(
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     program, *words = shlex.split(line)
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -69,11 +74,13 @@ def test_other_lines(line: str, capsys: pytest.CaptureFixture[str]) -> None:
         words = words[words.index("convnext_yolo.launch") + 1 :]
     options, rest = build_parser().parse_known_args(words)
     if "config" in options:
-        load_recipe([recipe_path(str(ROOT / name)) for name in options.config], rest)
+        monkeypatch.chdir(ROOT)
+        load_recipe([recipe_path(name) for name in options.config], rest)
     if words[0] == "launch":
-        words[words.index("--config") + 1] = str(ROOT / words[words.index("--config") + 1])
+        monkeypatch.chdir(tmp_path)
+        Path("hostfile").write_text("node1 slots=2\nnode2 slots=2\n")
         assert main([*words, "--dry-run"]) == 0
-        assert "deepspeed --num_gpus" in capsys.readouterr().out
+        assert words[1].replace("local", "deepspeed") in capsys.readouterr().out
 
 
 def test_recipe_keys_are_those_of_the_recipe() -> None:
@@ -89,7 +96,7 @@ def test_recipe_keys_are_those_of_the_recipe() -> None:
 
 def test_links_and_pictures_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+        assert (ROOT / target).exists(), target
 
 
 def test_packaged_recipes_load_and_are_listed() -> None:

@@ -21,6 +21,7 @@ PROGRAM = Path(sys.executable).with_name("convnext-yolo")
 COMMANDS = (
     *([], ["shard"], ["verify"], ["train"], ["launch"], ["launch", "local"]),
     *(["launch", "deepspeed"], ["eval"], ["export"], ["import"], ["report"], ["demo"]),
+    *(["doctor"], ["plan"], ["launch", "slurm"], ["launch", "torchrun"], ["launch", "accelerate"]),
     *(["bench"], ["bench", "infer"], ["bench", "loader"], ["fetch-coco"], ["preview"]),
 )
 

@@ -53,6 +53,14 @@ def test_local_prints_the_exact_command(capsys: pytest.CaptureFixture[str]) -> N
     assert command[module + 5 :] == ["--resume", "auto", "--run", "runs/a b"]
 
 
+def test_the_doctor_is_asked_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "quickstart", "--run", str(tmp_path / "r")]
+    assert main(["launch", "local", *words, "--data.train", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "none") in error and "the doctor found errors" in error
+    assert not (tmp_path / "r").exists()
+
+
 def test_local_takes_the_gpus_that_it_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "gpus_here", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")

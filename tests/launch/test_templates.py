@@ -16,6 +16,7 @@ import yaml
 
 from convnext_yolo.launch import slurm
 from convnext_yolo.launch.hostfile import read_hostfile
+from convnext_yolo.recipes.load import load_recipe, recipe_path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 ROOT = LAUNCH.parent
@@ -28,6 +29,24 @@ def kubernetes_script() -> str:
     [container] = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
     assert container["command"] == ["bash", "-c"]
     return str(container["args"][0])
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "sge.sh", "kubernetes.yaml"])
+def test_the_recipe_divides_among_the_ranks_that_are_asked_for(name: str) -> None:
+    text = (LAUNCH / name).read_text()
+    found = re.search(r"recipe=\(--config (\S+) (.*)\)", text)
+    assert found
+    recipe = load_recipe([recipe_path(found[1])], shlex.split(found[2]))
+    assert (recipe.batch.global_size // recipe.batch.micro) % 16 == 0
+    nodes, tasks = r"#SBATCH --nodes=2", r"#SBATCH --ntasks-per-node=8"
+    asked = {"slurm.sbatch": f"{nodes}\n{tasks}", "sge.sh": "-pe mpi 16", "kubernetes.yaml": ": 8"}
+    assert asked[name] in text
+
+
+def test_the_example_of_a_hostfile_takes_the_recipe_as_it_is() -> None:
+    recipe = load_recipe([recipe_path("convnext_tiny_coco")])
+    slots = sum(read_hostfile(LAUNCH / "hostfile.example").values())
+    assert (recipe.batch.global_size // recipe.batch.micro) % slots == 0
 
 
 def test_shellcheck(component: Callable[[str], Path], tmp_path: Path) -> None:
@@ -75,7 +94,7 @@ def test_deepspeed_sh(tmp_path: Path) -> None:
     result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs, NCCL_DEBUG="INFO")
     assert result.returncode == 0, result.stderr
     args = runner.parse_args(result.stdout.splitlines()[1:])
-    assert sum(runner.fetch_hostfile(args.hostfile).values()) == 16
+    assert sum(runner.fetch_hostfile(args.hostfile).values()) == 8
     assert (args.master_addr, args.force_multi, args.module) == ("node-1", True, True)
     assert args.user_args == ["train", *RECIPE]
     lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
@@ -248,7 +267,7 @@ def test_the_dockerfile_copies_what_there_is() -> None:
 
 
 def test_the_example_hostfile() -> None:
-    assert read_hostfile(LAUNCH / "hostfile.example") == {"node-1": 8, "node-2": 8}
+    assert read_hostfile(LAUNCH / "hostfile.example") == {"node-1": 4, "node-2": 4}
 
 
 def test_scripts_can_be_run_and_name_packaged_recipes() -> None:

@@ -57,6 +57,7 @@ class TinyRun:
             ],
             "launch local": [
                 *(str(BIN / "convnext-yolo"), "launch", "local", "--processes", "2"),
+                "--no-doctor",
                 *train[1:],
             ],
         }[launcher]
