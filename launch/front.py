@@ -89,7 +89,10 @@ class Front:
         self.abandoned = False
         self.first_s = float("inf")  # when the first rank came
         self.stop_by = self.end_by = self.leave_by = float("inf")
-        self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
+        # Under nohup a terminal may close: what was ignored before stays so.
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heeded = [n for n in SIGNALS if not (nohup and n == signal.SIGHUP)]
+        self._before = {n: signal.signal(n, self._on_signal) for n in heeded}
         self._beat_s = 0.0
         try:
             self.launcher = subprocess.Popen(

@@ -117,8 +117,10 @@ class CheckpointWriter:
                 partial.mkdir(parents=True)
             except OSError as error:
                 pending.error = error
-        dist.barrier()
-        if write_more and partial.is_dir():
+        # Also the barrier: nobody writes into a folder that is not there yet.
+        is_made = [pending.error is None]
+        dist.broadcast_object_list(is_made)
+        if write_more and is_made[0]:
             write_more(partial)
         parts = self._copy(entries)
         self._pending = pending

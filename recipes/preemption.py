@@ -34,7 +34,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            # Under nohup a terminal may close: what was ignored before stays so.
+            if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):
+                self._before[number] = signal.signal(number, self._on_signal)
         watched = _launchers_above()
         if watched:
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()

@@ -66,6 +66,7 @@ def train_to_end(run: Run) -> bool:
         if outcome.is_written:
             publish(run)
         if not stopped and run.is_due(every):
+            publish(run)  # its loader forks processes: no thread of ours may hold a lock then
             stopped = not evaluate_now(run)
             run.meter.restart()
         if run.is_checkpoint_due():

@@ -35,6 +35,17 @@ def test_a_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
 
 
+def test_a_closed_terminal_does_not_end_what_runs_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def wait_for_step(run: TinyRun, step: int, job: Job | None = None) -> None:
     deadline_s = time.monotonic() + 200
     while max((r["step"] for r in read_metrics(run.folder)), default=0) < step:
