@@ -33,9 +33,8 @@ def load(recipe: Recipe) -> None:
     # Nothing leaves the machine unless the recipe says so, whatever the environment says.
     os.environ["WANDB_MODE"] = recipe.tracking.wandb
     os.environ["WANDB_ERROR_REPORTING"] = "false"
-    from PIL import Image
-
     import wandb
+    from PIL import Image
 
     wandb.Table(columns=["n"], data=[[0]])  # imports pandas, where it is installed
     Image.preinit()
