@@ -1,7 +1,8 @@
 """Sharded checkpoints, read: tensors by name, the same at any ZeRO stage and number of ranks.
 
 A checkpoint is a folder `step-NNNNNNNN` of safetensors parts and a manifest with their hashes;
-`checkpoint_writer` writes it. Tensors are named `model/…`, `ema/…` and `<moment>/…`.
+`checkpoint_writer` writes it. Tensors are named `model/…`, `ema/…` and `<moment>/…`; what ZeRO had
+split lies there in pieces `NAME@START`, which reading joins.
 
 Invariants:
 1. A folder with the final name is complete: parts and manifest are written and synced in a
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-FORMAT = "convnext-yolo checkpoint 2"
+FORMAT = "convnext-yolo checkpoint 3"
 MANIFEST = "manifest.json"
+SPLIT = "split"  # metadata of a part: the whole shapes of what it has pieces of
 
 
 class CheckpointError(Exception):
@@ -75,12 +78,28 @@ class Checkpoint:
                 )
 
     def _read(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name in self.parts:
-            if name.endswith(".safetensors"):
-                with safe_open(self.path / name, framework="pt") as part:
-                    for key in part.keys():  # noqa: SIM118, the file is no dictionary
-                        if key.startswith(prefix):
-                            yield key, part.get_tensor(key)
+        joined: dict[str, Tensor] = {}
+        missing: dict[str, int] = {}
+        for file in self.parts:
+            if not file.endswith(".safetensors"):
+                continue
+            with safe_open(self.path / file, framework="pt") as part:
+                split = json.loads((part.metadata() or {}).get(SPLIT, "{}"))
+                for key in part.keys():  # noqa: SIM118, the file is no dictionary
+                    if not key.startswith(prefix):
+                        continue
+                    tensor, (name, _, start) = part.get_tensor(key), key.rpartition("@")
+                    if name not in split:
+                        yield key, tensor
+                        continue
+                    if name not in joined:
+                        joined[name] = torch.empty(split[name], dtype=tensor.dtype)
+                        missing[name] = joined[name].numel()
+                    joined[name].view(-1).narrow(0, int(start), tensor.numel()).copy_(tensor)
+                    missing[name] -= tensor.numel()
+        if lacking := [name for name, count in missing.items() if count]:
+            raise CheckpointError(f"checkpoint {self.path}: has not all pieces of {lacking[0]}")
+        yield from joined.items()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Sharded checkpoints, written: in two phases, beside the training, and never half.
 
-1. `begin`: every rank gathers the tensors, copies those of its parts to host memory and hands them
-   to a thread, which writes, syncs and hashes them in a `.partial` folder. The loop goes on.
+1. `begin`: every rank copies its share of the tensors to host memory and hands it to a thread,
+   which writes, syncs and hashes it in a `.partial` folder. The loop goes on.
 2. `finish`: when all ranks' threads are done (the loop's own reduction tells), the receipts are
    gathered, the main rank writes the manifest and renames the folder. Only then it exists.
 
@@ -9,15 +9,15 @@ Invariants:
 1. Threads never communicate: every collective is the loop's, in the same order on all ranks.
 2. What a rank could not write fails the checkpoint on every rank, with one sentence; the partial
    folder goes, the published ones stay, and training may go on.
-3. Retention runs after a publication alone and spares what was just published, so one good
-   checkpoint is always there.
-Names and sizes alone decide which part a tensor is in, and ranks share the parts among them.
+3. Retention (`retention`) runs after a publication alone, so one good checkpoint is always there.
+4. Nothing is gathered: of a tensor that ZeRO has split, each rank writes the piece that it holds.
+Names and sizes alone decide which part a whole tensor is in, and ranks share those parts among
+them; pieces go into parts of each rank's own.
 """
 
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,24 +32,39 @@ from torch import Tensor
 from .checkpoint import (
     FORMAT,
     MANIFEST,
+    SPLIT,
     CheckpointError,
     file_sha256,
     manifest_sha256,
-    open_checkpoint,
-    published,
 )
+from .files import sync_folder, write_synced
+from .retention import LATEST, Retention, set_aside
 
 PART_BYTES = 64 * 2**20
-LATEST, BEST = "latest", "best"  # files that hold the name of a checkpoint
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be saved, and how to get it. `gather` is collective: every rank calls it."""
+    """A tensor to be saved that every rank holds, or a piece of one that this rank alone holds."""
 
     name: str
     bytes: int
-    gather: Callable[[], Tensor]
+    get: Callable[[], Tensor]  # no collective
+    start: int | None = None  # of a piece: where it begins in the whole, as a flat tensor
+    shape: tuple[int, ...] = ()  # of a piece: the whole's
+
+    @property
+    def key(self) -> str:
+        """Its name in a part."""
+        return self.name if self.start is None else f"{self.name}@{self.start}"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What goes into a file."""
+
+    tensors: dict[str, Tensor]
+    split: dict[str, tuple[int, ...]]  # whole shapes of the tensors of which it has pieces
 
 
 @dataclass
@@ -73,7 +88,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, keep: int, keep_best: bool):
-        self.folder, self.keep, self.keep_best = folder, keep, keep_best
+        self.folder, self.retention = folder, Retention(folder, keep, keep_best)
         self._pending: _Pending | None = None
         self._thread: threading.Thread | None = None
         self._host: dict[str, Tensor] = {}  # host memory, used again by every checkpoint
@@ -99,7 +114,7 @@ class CheckpointWriter:
 
         Args:
             step: global steps done.
-            entries: all tensors, in the same order on every rank.
+            entries: all tensors; whole ones in the same order on every rank.
             state: what else belongs to it; JSON. "metrics" and "evaluated_step" decide the best.
             write_more: writes further files into the folder, now and collectively.
 
@@ -112,8 +127,7 @@ class CheckpointWriter:
         pending = _Pending(step, state, partial, {})
         if dist.get_rank() == 0:
             try:
-                for left in self.folder.glob("*.partial"):  # by a run that was killed
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                self.retention.clean()
                 partial.mkdir(parents=True)
             except OSError as error:
                 pending.error = error
@@ -156,16 +170,20 @@ class CheckpointWriter:
             )
         return pending.partial.with_suffix("")
 
-    def _copy(self, entries: Sequence[Entry]) -> dict[str, dict[str, Tensor]]:
-        """This rank's parts in host memory, by file name. Gathers all tensors on all ranks."""
+    def _copy(self, entries: Sequence[Entry]) -> dict[str, _Part]:
+        """This rank's parts in host memory, by file name."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine: dict[str, dict[str, Tensor]] = {}
-        for number, part in enumerate(_parts(entries)):
-            for entry in part:
-                tensor = entry.gather().detach()
-                if number % world == rank:
-                    name = f"part-{number:05d}.safetensors"
-                    mine.setdefault(name, {})[entry.name] = self._host_copy(entry.name, tensor)
+        whole = list(enumerate(_parts([e for e in entries if e.start is None])))
+        files = {f"part-{number:05d}": part for number, part in whole[rank::world]}
+        pieces = enumerate(_parts([e for e in entries if e.start is not None]))
+        files |= {f"part-of-rank-{rank:05d}-{number:05d}": part for number, part in pieces}
+        mine = {
+            f"{name}.safetensors": _Part(
+                {e.key: self._host_copy(e.key, e.get().detach()) for e in part},
+                {e.name: e.shape for e in part if e.start is not None},
+            )
+            for name, part in files.items()
+        }
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies do not wait for each other
         return mine
@@ -189,62 +207,17 @@ class CheckpointWriter:
         manifest = {"format": FORMAT, "step": pending.step, "state": pending.state, "parts": parts}
         manifest["sha256"] = manifest_sha256(manifest)
         text = json.dumps(manifest, indent=1, sort_keys=True)
-        _write_synced(pending.partial / MANIFEST, text)
+        write_synced(pending.partial / MANIFEST, text)
         sync_folder(pending.partial)
         final = pending.partial.with_suffix("")
         # Of this step there is one already where the run came back to it: damaged, or without its
         # evaluation. Two renames: a kill between them leaves it under the other name.
-        before = _set_aside(final) if final.exists() else None
+        before = set_aside(final) if final.exists() else None
         pending.partial.rename(final)
-        self._point(LATEST, final.name)
+        self.retention.point(LATEST, final.name)
         if before:
             shutil.rmtree(before)
-        self._retire(final)
-
-    def _point(self, pointer: str, name: str) -> None:
-        partial = self.folder / f"{pointer}.partial"
-        _write_synced(partial, name)
-        partial.replace(self.folder / pointer)
-        sync_folder(self.folder)
-
-    def _retire(self, final: Path) -> None:
-        """Keeps the last few up to `final`, which was just published, and the best.
-
-        Newer ones are of a branch that the run has left: damaged, or older than a `--resume PATH`.
-        They would win the next `--resume auto`, so they are set aside.
-        """
-        for path in published(self.folder):
-            if path.name > final.name:
-                aside = _set_aside(path)
-                print(f"{path.name} is not of this run's past: now {aside}", file=sys.stderr)
-        present = published(self.folder)
-        spared = set(present[: self.keep])
-        if self.keep_best and (best := best_of(present)):
-            self._point(BEST, best.name)
-            spared.add(best)
-        for old in present:
-            if old not in spared:
-                # Renamed first: a kill in the middle leaves no half of one under its name.
-                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
-
-
-def best_of(paths: Sequence[Path]) -> Path | None:
-    """The checkpoint whose own evaluation gave the highest AP; of equals the newest."""
-    scores = []
-    for path in paths:
-        try:
-            found = open_checkpoint(path)
-        except CheckpointError:
-            continue
-        if found.state.get("evaluated_step") == found.step:
-            scores.append((found.state["metrics"]["AP"], found.step, path))
-    return max(scores)[2] if scores else None
-
-
-def _set_aside(path: Path) -> Path:
-    aside = path.with_name("set-aside-" + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    return path.rename(aside)
+        self.retention.retire(final)
 
 
 def _parts(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -260,40 +233,18 @@ def _parts(entries: Sequence[Entry]) -> list[list[Entry]]:
     return parts
 
 
-def _write(pending: _Pending, parts: dict[str, dict[str, Tensor]]) -> None:
+def _write(pending: _Pending, parts: dict[str, _Part]) -> None:
     """The thread: writes this rank's parts; what goes wrong is kept for `finish`."""
     try:
-        for name, tensors in parts.items():
+        for name, part in parts.items():
             if pending.error is None:
-                pending.receipts[name] = _write_part(pending.partial / name, tensors)
+                pending.receipts[name] = _write_part(pending.partial / name, part)
     except Exception as error:  # a thread has nobody else to tell, and safetensors its own kinds
         pending.error = error if isinstance(error, OSError) else OSError(str(error))
 
 
-def _write_part(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file(tensors, path)
+def _write_part(path: Path, part: _Part) -> dict[str, Any]:
+    save_file(part.tensors, path, {SPLIT: json.dumps(part.split)} if part.split else None)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def tensor_bytes(tensor: Any) -> int:
-    """Bytes of a tensor when whole; ZeRO-3 leaves an empty one and the true size beside it."""
-    size = getattr(tensor, "ds_numel", None) or tensor.numel()
-    return int(size) * torch.empty(0, dtype=tensor.dtype).element_size()

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from ..model.detector import without_pretrained
 from ..model.weights import WeightsInfo, save_weights
 from .checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
-from .checkpoint_writer import BEST, LATEST
 from .config import Recipe
 from .onnx_export import ExportError, Suppression, export_onnx, need_packages
+from .retention import BEST, LATEST
 
 
 def export(

@@ -1,5 +1,6 @@
 """Files that are whole if they exist: written beside, then renamed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,20 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file, in one atomic step; see `whole_file`."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a text file that lasts through a power cut, once its folder is synced."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames in a folder last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

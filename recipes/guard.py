@@ -120,7 +120,8 @@ class Guard:
 
 def _record(name: str, outputs: list[tuple[str, Tensor]]) -> Any:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point():
+        # What hands on a tensor as it is, such as an identity, has not made it.
+        if isinstance(output, Tensor) and all(output is not made for _, made in outputs):
             outputs.append((name, output))
 
     return hook

@@ -4,36 +4,74 @@ Parameters are loaded into the plain model before DeepSpeed wraps it, whatever t
 afterwards, into whichever shards this stage and world size give each rank.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointError
-from .checkpoint_writer import Entry, tensor_bytes
-from .ema import Ema, shard_of, whole_of
+from .checkpoint_writer import Entry
+from .ema import Ema, shard_of
 from .optim import moment_names
 
 
 def entries(engine: Any, ema: Ema, optimizer: str) -> list[Entry]:
-    """Every tensor of the run by name, in one order on all ranks."""
+    """All that this rank holds of the run, by name: whole tensors, and pieces of split ones."""
     model = engine.module
     held = model.state_dict(keep_vars=True)
     result: list[Entry] = []
     for name, tensor in held.items():
         # Weights are fp32 throughout (bf16 is autocast's), so the model's own are the master's.
         local = tensor.ds_tensor.data if hasattr(tensor, "ds_tensor") else tensor
-        gather = partial(whole_of, tensor, local)
-        result.append(Entry(f"model/{name}", tensor_bytes(tensor), gather))
+        result += _entry(f"model/{name}", tensor, partial(_same, local))
     for name, parameter in model.named_parameters():
         for key in moment_names(optimizer) if parameter.requires_grad else ():
-            gather = partial(_get_moment, engine, parameter, key)
-            result.append(Entry(f"{key}/{name}", tensor_bytes(parameter), gather))
-    for name in ema.shadow:
-        gather = partial(ema.gather_one, name)
-        result.append(Entry(f"ema/{name}", tensor_bytes(held[name]), gather))
+            result += _moment_entry(engine, f"{key}/{name}", parameter, key)
+    for name, average in ema.shadow.items():
+        result += _entry(f"ema/{name}", held[name], partial(_same, average))
     return result
+
+
+def _entry(name: str, tensor: Any, get: Callable[[], Tensor]) -> list[Entry]:
+    """A tensor, or at stage 3 the shard of it that this rank holds, without the padding."""
+    if not hasattr(tensor, "ds_tensor"):
+        return [Entry(name, tensor.nbytes, get)]
+    size = tensor.ds_tensor.numel()
+    start = size * dist.get_rank()
+    count = min(size, tensor.ds_numel - start)
+    if count <= 0:
+        return []
+    size_bytes = count * tensor.element_size()
+    return [Entry(name, size_bytes, partial(_first, get, count), start, tuple(tensor.ds_shape))]
+
+
+def _moment_entry(engine: Any, name: str, parameter: Any, key: str) -> list[Entry]:
+    from deepspeed.utils import safe_get_local_optimizer_state
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        moment = _torch_optimizer(engine).state[parameter][key]
+        return [Entry(name, moment.nbytes, partial(_same, moment))]
+    if stage == 3:
+        return _entry(name, parameter, partial(safe_get_local_optimizer_state, parameter, key))
+    mapping = parameter._hp_mapping  # None: nothing of it is this rank's
+    if mapping is None:
+        return []
+    where = mapping.lp_fragment_address
+    fragment = mapping.get_hp_fragment(key)
+    get = partial(_same, fragment)
+    return [Entry(name, fragment.nbytes, get, where.start, tuple(parameter.shape))]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _first(get: Callable[[], Tensor], count: int) -> Tensor:
+    return get().flatten()[:count]
 
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -99,17 +137,6 @@ def _flat_parameters(engine: Any) -> list[Tensor]:
     if stage == 3:
         return list(wrapper.fp32_partitioned_groups_flat)
     return [p for group in _torch_optimizer(engine).param_groups for p in group["params"]]
-
-
-def _get_moment(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
-    """A whole moment; collective at stages 1 to 3."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    if engine.zero_optimization_stage() == 0:
-        moment: Tensor = _torch_optimizer(engine).state[parameter][key]
-        return moment
-    found: Tensor = safe_get_full_optimizer_state(parameter, key)
-    return found
 
 
 def _set_moment(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convnext_yolo.launch.cli import main
-from convnext_yolo.recipes import checkpoint_writer
+from convnext_yolo.recipes import checkpoint_writer, retention
 
 THE_SECOND = 2
 
@@ -48,8 +48,10 @@ class Points:
 def install(points: Points) -> None:
     """All that the writer changes a disk with; the plain names are looked up at each call."""
     writer: Any = checkpoint_writer
-    for name in ("save_file", "sync_folder", "_write_synced"):
+    for name in ("save_file", "sync_folder", "write_synced"):
         setattr(writer, name, points.watch(getattr(writer, name)))
+    for name in ("sync_folder", "write_synced"):
+        setattr(retention, name, points.watch(getattr(retention, name)))
     os.fsync = points.watch(os.fsync)
     shutil.rmtree = points.watch(shutil.rmtree)  # type: ignore[assignment]
     for name in ("rename", "replace", "mkdir"):
