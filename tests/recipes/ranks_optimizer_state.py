@@ -1,6 +1,6 @@
 """Run by test_optimizer_state.py on some ranks: the bytes of optimizer state that each holds.
 
-python ranks_optimizer_state.py RECIPE STAGE …      prints `RANK STAGE BYTES` lines
+python ranks_optimizer_state.py RECIPE STAGE …      writes RECIPE.zeroS-ranksN-rankR
 """
 
 import os
