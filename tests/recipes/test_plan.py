@@ -269,8 +269,10 @@ def test_notes_say_what_the_formulas_leave_out(small_recipe: Path) -> None:
     plan = make_plan(load_recipe([small_recipe], ["--deepspeed.options", options]), [1], CLUSTER)
     assert "options.zero_optimization.offload_optimizer: not in the formulas" in plan.notes[0]
     assert "options.dump_state" in plan.notes[0]
-    # The hint for DeepSpeed's default bucket is one that a recipe takes, and that helps.
-    plan = make_plan(load_recipe([]), [1], CLUSTER)
+    # The hint for a bucket of DeepSpeed's default size is one that a recipe takes, and that helps.
+    assert make_plan(load_recipe([]), [1], CLUSTER).notes == ()
+    wide = ["--deepspeed.options", "{zero_optimization: {reduce_bucket_size: 500000000}}"]
+    plan = make_plan(load_recipe([], wide), [1], CLUSTER)
     (hint,) = plan.notes
     words = ["--deepspeed.options", hint.split("--deepspeed.options '")[1].split("'")[0]]
     better = make_plan(load_recipe([], words), [1], CLUSTER)
