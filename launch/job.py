@@ -19,6 +19,8 @@ MODULE = "convnext_yolo.launch"
 # handed on stands in files and command lines.
 HANDED_ON = re.compile(
     r"(NCCL|GLOO|TORCH_NCCL|UCX|FI)_[A-Z0-9_]+|TP_SOCKET_IFNAME|DS_ACCELERATOR|OMP_NUM_THREADS"
+    r"|DEEPSPEED_TIMEOUT|TORCH_DISTRIBUTED_DEBUG|TORCH_SHOW_CPP_STACKTRACES|TORCH_CPP_LOG_LEVEL"
+    r"|CUDA_DEVICE_MAX_CONNECTIONS"
     r"|PATH|LD_LIBRARY_PATH|TMPDIR|TZ|HF_HOME|HF_HUB_OFFLINE|TORCH_HOME|WANDB_MODE|WANDB_DIR"
 )
 
@@ -67,13 +69,17 @@ class Job:
     ) -> Ranks:
         """Those that are supervised from here, by default all: each one's number and host."""
         found = dict.fromkeys(range(self.world_size), "localhost") if hosts is None else hosts
-        logs = Path(self.recipe.run).absolute() / "logs"
-        return Ranks(dict(found), logs, tuple(callers), len(found))
+        return Ranks(dict(found), logs_folder(self.recipe), tuple(callers), len(found))
 
     def frozen(self) -> tuple["Job", File]:
         """The same with its recipe in one file beside the run: edits after this don't reach it."""
         file = File(self.folder / "recipe.yaml", self.recipe.to_yaml())
         return replace(self, configs=(str(file.path),), options=()), file
+
+
+def logs_folder(recipe: Recipe) -> Path:
+    """Where the logs of a run's ranks lie."""
+    return Path(recipe.run).absolute() / "logs"
 
 
 def describe_job(

@@ -1,11 +1,12 @@
 """The command `launch`, one sub-command for each launcher."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .doctor_commands import ask_about_launch
 from .parser import Commands, Parser, add_command, positive, whole_number
+from .plan_commands import plan_launch
 from .recipe_options import RECIPE_KEYS, add_recipe_options
 
 
@@ -21,10 +22,16 @@ def _launcher(where: Commands, name: str, text: str, epilog: str = "") -> Parser
     keys = RECIPE_KEYS.format(command=f"launch {name}")
     parser = add_command(where, name, text, f"{epilog}\n{keys}" if epilog else keys)
     add_recipe_options(parser)
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry-run",
         action="store_true",
         help="run nothing: print the command and the files that it uses, as a shell script",
+    )
+    instead.add_argument(
+        "--plan",
+        action="store_true",
+        help="run nothing: print what the recipe costs on so many ranks, as `plan` does",
     )
     return parser
 
@@ -49,7 +56,6 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
             help="start a job that failed again from its newest checkpoint, without hosts that "
             "were lost; default 0",
         )
-
         parser.add_argument(
             "--no-doctor",
             action="store_true",
@@ -57,9 +63,11 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
         )
 
     def run(options: argparse.Namespace) -> None:
+        if options.plan:
+            return plan_launch(options)
         if here and not (options.dry_run or options.no_doctor):
             render(options)  # what is wrong with the command itself is told at once
-            _ask_the_doctor(options)
+            ask_about_launch(options)
         from .command import Command
         from .job import LaunchError
         from .supervise import run
@@ -77,39 +85,6 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
         run(command, options.dry_run, getattr(options, "max_restarts", 0))
 
     parser.set_defaults(run_command=run)
-
-
-def _ask_the_doctor(options: argparse.Namespace) -> None:
-    """Ends here with every reason why the run would fail. Warnings are only told."""
-    from .doctor import examine
-    from .doctor_findings import exit_code, format_findings
-    from .doctor_setup import Setup
-    from .hostfile import read_hostfile
-    from .job import LaunchError
-
-    hostfile: Path | None = getattr(options, "hostfile", None)
-    processes = getattr(options, "processes", getattr(options, "processes_per_node", None))
-    world_size = processes * getattr(options, "nodes", 1) if processes else None
-    if hostfile and getattr(options, "no_ssh", False):  # others look at the other hosts
-        slots = list(read_hostfile(hostfile).values())
-        hostfile, processes, world_size = None, slots[options.node_rank], sum(slots)
-    setup = Setup(
-        configs=options.config,
-        options=options.rest,
-        resume=options.resume,
-        hostfile=hostfile,
-        processes=processes,
-        world_size=world_size,
-        master_address=getattr(options, "master_addr", None),
-        master_port=getattr(options, "master_port", 29500),
-        ssh_port=getattr(options, "ssh_port", None),
-        env=getattr(options, "env", ()),
-    )
-    findings = examine(setup)
-    if findings:
-        print(format_findings(findings), file=sys.stderr, flush=True)
-    if exit_code(findings):
-        raise LaunchError("the doctor found errors, see above; mend them, or add --no-doctor")
 
 
 def _local(where: Commands) -> None:

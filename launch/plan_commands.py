@@ -1,14 +1,23 @@
-"""The command that says what a recipe costs on a cluster: plan."""
+"""The command that says what a recipe costs on a cluster: plan, and `launch --plan`."""
 
 import argparse
 import json
 import os
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .parser import Commands, Parser, add_command, positive
 from .recipe_options import RECIPE_KEYS
 
+if TYPE_CHECKING:  # `--help` imports neither
+    from ..recipes.config import Recipe
+    from ..recipes.plan import Plan
+
 GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+# Of an A100 in bf16, in a node with NVLink. The share of its peak is a guess.
+HARDWARE = {"gpu_tflops": 312.0, "mfu": 0.3, "network_gbit": 200.0, "link_gbit": 2400.0}
 
 
 def _plan(commands: Commands) -> None:
@@ -42,28 +51,28 @@ def _hardware_options(parser: Parser) -> None:
     parser.add_argument(
         "--gpu-tflops",
         type=_above_zero,
-        default=312.0,
+        default=HARDWARE["gpu_tflops"],
         metavar="X",
         help="peak of a GPU in the recipe's precision, default 312 (A100, bf16)",
     )
     parser.add_argument(
         "--mfu",
         type=_share,
-        default=0.3,
+        default=HARDWARE["mfu"],
         metavar="X",
         help="share of the peak that training reaches, default 0.3: a guess; a run says its own",
     )
     parser.add_argument(
         "--network-gbit",
         type=_above_zero,
-        default=200.0,
+        default=HARDWARE["network_gbit"],
         metavar="X",
         help="Gbit/s of a node to the others, all adapters together, default 200",
     )
     parser.add_argument(
         "--link-gbit",
         type=_above_zero,
-        default=2400.0,
+        default=HARDWARE["link_gbit"],
         metavar="X",
         help="Gbit/s one way of a GPU to its node's others, default 2400 (A100, NVLink)",
     )
@@ -71,31 +80,72 @@ def _hardware_options(parser: Parser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from ..recipes.figures import check_writable
+    from ..recipes.files import write_whole
+
+    recipe = _recipe(options)
+    if options.json:
+        check_writable(options.json)
+    hardware = {name: getattr(options, name) for name in HARDWARE}
+    plan = _print_plan(recipe, options.gpus, hardware, options.gpus_per_node)
+    if options.json:
+        write_whole(options.json, json.dumps(plan.as_record(), indent=2) + "\n")
+
+
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    from ..recipes.load import load_recipe, recipe_path
+
+    return load_recipe([recipe_path(name) for name in options.config], options.rest)
+
+
+def _print_plan(
+    recipe: "Recipe", gpus: Collection[int], hardware: Mapping[str, float], gpus_per_node: int
+) -> "Plan":
     # DeepSpeed is asked for its defaults alone; without a GPU it would warn that it found none.
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ..recipes.figures import check_writable
-    from ..recipes.files import write_whole
-    from ..recipes.load import load_recipe, recipe_path
     from ..recipes.plan import Hardware, make_plan
     from ..recipes.plan_table import format_plan
 
-    recipe = load_recipe([recipe_path(name) for name in options.config], options.rest)
-    if options.json:
-        check_writable(options.json)
-    hardware = Hardware(
-        gpu_tflops=options.gpu_tflops,
-        mfu=options.mfu,
-        network_gbit=options.network_gbit,
-        link_gbit=options.link_gbit,
-        gpus_per_node=options.gpus_per_node,
-    )
-    plan = make_plan(recipe, sorted(set(options.gpus)), hardware)
+    nodes = Hardware(gpus_per_node=gpus_per_node, **hardware)
+    plan = make_plan(recipe, sorted(set(gpus)), nodes)
     print(format_plan(plan))
-    if options.json:
-        write_whole(options.json, json.dumps(plan.as_record(), indent=2) + "\n")
+    return plan
+
+
+def plan_launch(options: argparse.Namespace) -> None:
+    """Prints the plan of a launch: of its ranks, and of the numbers of GPUs beside theirs.
+
+    Args:
+        options: of any launcher.
+
+    Raises:
+        LaunchError, RecipeError: a mistake in the hostfile or the recipe, in one sentence.
+    """
+    recipe = _recipe(options)
+    slots = _slots(options, recipe)
+    ranks, most = sum(slots), max(slots)
+    print(f"this launch: {ranks} rank(s) on {len(slots)} host(s), at most {most} on one\n")
+    _print_plan(recipe, {*GPUS, ranks}, HARDWARE, most)
+    words = [word for name in options.config for word in ("--config", name)]
+    words += [*options.rest, "--gpus", str(ranks), "--gpus-per-node", str(most)]
+    figures = ", ".join(f"--{name.replace('_', '-')}" for name in HARDWARE)
+    print(f"\nfor other figures ({figures}): convnext-yolo plan {shlex.join(words)}")
+
+
+def _slots(options: argparse.Namespace, recipe: "Recipe") -> Sequence[int]:
+    """The ranks of each host, as the launcher would have them."""
+    from .hostfile import read_hostfile
+    from .job import fitting, gpus_here
+
+    if hasattr(options, "hostfile"):  # deepspeed
+        return list(read_hostfile(options.hostfile).values())
+    if hasattr(options, "nodes"):  # slurm, torchrun, accelerate
+        return [options.processes_per_node or gpus_here() or 1] * options.nodes
+    gpus = 0 if options.processes else gpus_here()
+    return [options.processes or (fitting(recipe, gpus) if gpus else 1)]
 
 
 def _above_zero(text: str) -> float:

@@ -47,7 +47,7 @@ def examine(
     printed, _ = process.communicate(timeout=120)
     for host in cluster.hosts:
         if host.alive:
-            wait_for(lambda host=host: not host.processes("doctor_probe"), "the probes end")
+            wait_for(lambda host=host: not host.processes("doctor.probe"), "the probes end")
     return process.returncode, printed
 
 
@@ -173,10 +173,10 @@ def test_nothing_is_left_of_a_doctor_that_is_stopped(
     run = tiny_run(f"doctor_stopped_{number}")
     process = cluster.hosts[0].start(words(cluster, run))
     wait_for(
-        lambda: all(host.processes("doctor_probe") for host in cluster.hosts), "the probes run"
+        lambda: all(host.processes("doctor.probe") for host in cluster.hosts), "the probes run"
     )
     process.send_signal(number)
     process.communicate(timeout=30)
     for host in cluster.hosts:
-        wait_for(lambda host=host: not host.processes("doctor_probe"), f"{host.name} is clean")
+        wait_for(lambda host=host: not host.processes("doctor.probe"), f"{host.name} is clean")
     assert not list(run.folder.parent.glob(".doctor-*"))

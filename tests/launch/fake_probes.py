@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from convnext_yolo.launch.doctor import examine_all
-from convnext_yolo.launch.doctor_facts import PROTOCOL, Meeting
-from convnext_yolo.launch.doctor_findings import Finding
-from convnext_yolo.launch.doctor_interview import open_session
-from convnext_yolo.launch.doctor_meeting import listen
-from convnext_yolo.launch.doctor_probe import Probe
-from convnext_yolo.launch.doctor_session import ProbeError, Session
-from convnext_yolo.launch.doctor_setup import HERE, Examination, Setup
+from convnext_yolo.launch.doctor.examine import examine_all
+from convnext_yolo.launch.doctor.facts import PROTOCOL, Meeting
+from convnext_yolo.launch.doctor.findings import Finding
+from convnext_yolo.launch.doctor.interview import open_session
+from convnext_yolo.launch.doctor.meeting import listen
+from convnext_yolo.launch.doctor.probe import Probe
+from convnext_yolo.launch.doctor.session import ProbeError, Session
+from convnext_yolo.launch.doctor.setup import HERE, Examination, Setup
 
 Answer = dict[str, Any]
 # Changes the answer of one host to one question.

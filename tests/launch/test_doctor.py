@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from convnext_yolo.launch import doctor_recipe
-from convnext_yolo.launch.doctor import examine
-from convnext_yolo.launch.doctor_commands import COMMANDS
-from convnext_yolo.launch.doctor_data import shards, some_chunks
-from convnext_yolo.launch.doctor_environment import check_environment_files, check_interfaces
-from convnext_yolo.launch.doctor_facts import HostFacts, Meeting, Shards
-from convnext_yolo.launch.doctor_findings import (
+from convnext_yolo.launch.doctor import examine as examination
+from convnext_yolo.launch.doctor import recipe as recipe_checks
+from convnext_yolo.launch.doctor.data import shards, some_chunks
+from convnext_yolo.launch.doctor.environment import check_environment_files, check_interfaces
+from convnext_yolo.launch.doctor.examine import examine, examine_all
+from convnext_yolo.launch.doctor.facts import HostFacts, Meeting, Shards
+from convnext_yolo.launch.doctor.findings import (
     error,
     exit_code,
     format_findings,
@@ -30,12 +30,14 @@ from convnext_yolo.launch.doctor_findings import (
     several,
     warning,
 )
-from convnext_yolo.launch.doctor_host import differing_key, host_facts, parse_gpus
-from convnext_yolo.launch.doctor_hosts import compare_hosts
-from convnext_yolo.launch.doctor_machine import check_skew
-from convnext_yolo.launch.doctor_meeting import bandwidth_gbit, connect, listen
-from convnext_yolo.launch.doctor_network import check_start
-from convnext_yolo.launch.doctor_session import ProbeError, ProbeSession, greet, ssh_words
+from convnext_yolo.launch.doctor.host import differing_key, host_facts, parse_gpus, sources
+from convnext_yolo.launch.doctor.hosts import compare_hosts
+from convnext_yolo.launch.doctor.machine import check_skew
+from convnext_yolo.launch.doctor.meeting import bandwidth_gbit, connect, listen
+from convnext_yolo.launch.doctor.network import check_start
+from convnext_yolo.launch.doctor.session import ProbeError, ProbeSession, greet, ssh_words
+from convnext_yolo.launch.doctor.setup import Examination, Setup
+from convnext_yolo.launch.doctor_commands import COMMANDS
 from convnext_yolo.launch.parser import Parser
 
 from .fake_probes import Scene, port_of_nobody, scene
@@ -137,6 +139,25 @@ def test_ranks_that_others_start_by_hand_count(healthy: Scene) -> None:
     assert str(finding).startswith("error   3 processes: 3 ranks can't share batch.global = 8 ")
 
 
+def test_one_host_of_several_is_asked_about_all_ranks(
+    healthy: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_processes(setup: Setup) -> Examination:
+        return examine_all(setup, lambda line: None, healthy._start)
+
+    monkeypatch.setattr(examination, "examine_all", without_processes)
+    healthy.write()
+    words = ["--config", "recipe.yaml", "--processes", "2"]
+    assert doctor(*words, "--world-size", "4") == 0
+    capsys.readouterr()
+    assert doctor(*words, "--world-size", "6") == 1
+    assert "error   6 processes: 6 ranks can't share batch.global = 8 " in capsys.readouterr().out
+    for wrong in (["--processes", 2, "--world-size", 1], ["--hostfile", "h", "--world-size", 4]):
+        with pytest.raises(SystemExit) as stop:
+            doctor("--config", "recipe.yaml", *wrong)
+        assert stop.value.code == 2 and "--world-size" in capsys.readouterr().err
+
+
 def test_findings_are_lines_with_errors_first() -> None:
     findings = [
         warning("b", "slow", "it\nwaits", "wait"),
@@ -159,9 +180,9 @@ def test_findings_are_lines_with_errors_first() -> None:
 def test_all_that_deepspeed_removed_is_known() -> None:
     from deepspeed.runtime import config
 
-    assert set(doctor_recipe.REMOVED) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    assert set(doctor_recipe.REMOVED_ZERO) == set(config._REMOVED_ZERO_CONFIG_KEYS)
-    assert not set(doctor_recipe.ONE_BIT) & set(config.DEEPSPEED_OPTIMIZERS)
+    assert set(recipe_checks.REMOVED) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(recipe_checks.REMOVED_ZERO) == set(config._REMOVED_ZERO_CONFIG_KEYS)
+    assert not set(recipe_checks.ONE_BIT) & set(config.DEEPSPEED_OPTIMIZERS)
 
 
 @pytest.mark.process
@@ -256,6 +277,18 @@ def test_the_first_key_that_differs_is_named() -> None:
     assert differing_key(mine, {"a": 1, "b": {"c": 2, "d": 3}}) == ""
     assert differing_key(mine, {"a": 1, "b": {"c": 2, "d": 4}}) == "b.d = 4, not 3"
     assert differing_key(mine, {**mine, "e": 5}) == "e = 5, not None"
+
+
+def test_modules_count_wherever_they_lie(tmp_path: Path) -> None:
+    """Those of sub-packages as well; what is no module does not."""
+    module = tmp_path / "launch" / "doctor" / "probe.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("ONE = 1\n")
+    before = sources(tmp_path)
+    (module.parent / "notes.txt").write_text("none\n")
+    assert sources(tmp_path) == before
+    module.write_text("ONE = 2\n")
+    assert sources(tmp_path) != before
 
 
 def test_the_odd_host_is_named_not_the_many() -> None:
@@ -376,5 +409,5 @@ def test_ssh_asks_nobody_anything() -> None:
     assert words[words.index("-p") + 1] == "2222"
     assert words[-3:-1] == ["--", "user@b"]
     assert words[-1] == (
-        "env 'PYTHONPATH=/x y' '/opt/a b/python' -m convnext_yolo.launch.doctor_probe"
+        "env 'PYTHONPATH=/x y' '/opt/a b/python' -m convnext_yolo.launch.doctor.probe"
     )

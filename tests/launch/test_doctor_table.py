@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from convnext_yolo.launch.doctor_findings import exit_code, format_findings
+from convnext_yolo.launch.doctor.findings import exit_code, format_findings
 
 from .fake_probes import Answer, Scene, scene
 

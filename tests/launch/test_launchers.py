@@ -205,6 +205,47 @@ def test_a_dry_run_is_a_script_and_writes_nothing(
     assert {p.name: p.read_bytes() for p in (run / "launch").iterdir()} == printed
 
 
+@pytest.mark.parametrize(
+    ("words", "ranks", "hosts", "most"),
+    [
+        (["local", "--processes", "4"], 4, 1, 4),
+        (["deepspeed", "--hostfile", "HOSTFILE"], 4, 2, 2),
+        (["deepspeed", "--hostfile", "HOSTFILE", "--no-ssh"], 4, 2, 2),
+        (["slurm", "--nodes", "3", "--processes-per-node", "2"], 6, 3, 2),
+        (["torchrun", "--nodes", "2", "--processes-per-node", "4"], 8, 2, 4),
+        (["accelerate", "--nodes", "2", "--processes-per-node", "4"], 8, 2, 4),
+    ],
+)
+def test_a_plan_of_this_very_launch(
+    words: list[str],
+    ranks: int,
+    hosts: int,
+    most: int,
+    tmp_path: Path,
+    hostfile: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing starts; the command that it names prints the same of these ranks."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = [str(hostfile) if word == "HOSTFILE" else word for word in words]
+    keys = ["--batch.micro", "2", "--run", str(tmp_path / "a run")]
+    assert main(["launch", *words, "--config", "quickstart", *keys, "--plan"]) == 0
+    printed = capsys.readouterr().out
+    each = f"at most {most} on one"
+    assert printed.startswith(f"this launch: {ranks} rank(s) on {hosts} host(s), {each}\n")
+    named = shlex.split(printed.rpartition(": convnext-yolo ")[2])
+    assert named == [
+        *("plan", "--config", "quickstart", *keys),
+        *("--gpus", str(ranks), "--gpus-per-node", str(most)),
+    ]
+    assert main(named) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [row] = [line for line in lines if re.match(rf" +{ranks} +(\d|-)", line) and "*" not in line]
+    assert row in printed.splitlines() and re.search(r"^ +1024 ", printed, re.M)
+    assert lines[-1] in printed and not (tmp_path / "a run").exists()
+
+
 # ---- deepspeed
 
 
@@ -248,6 +289,15 @@ def test_its_environment_file(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
+    debugging = {
+        "DEEPSPEED_TIMEOUT": "20",
+        "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
+        "TORCH_CPP_LOG_LEVEL": "INFO",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    for name, value in debugging.items():
+        monkeypatch.setenv(name, value)
     options = ["--run", str(tmp_path / "run"), "--batch.global", "32"]
     command = launchers.deepspeed(["quickstart"], "auto", options, hostfile, env=["A=b c"])
     file = command.env_file
@@ -256,7 +306,7 @@ def test_its_environment_file(
     )
     found = dict(line.split("=", 1) for line in file.text.splitlines())
     assert found["A"] == "b c" and found["NCCL_DEBUG"] == "WARN" and found["OMP_NUM_THREADS"]
-    assert found["PATH"].startswith(f"{BIN}:")
+    assert found["PATH"].startswith(f"{BIN}:") and debugging.items() <= found.items()
     assert "WANDB_API_KEY" not in found and "#" not in file.text
     with pytest.raises(LaunchError, match=r"A='\$x'.*can't hand"):
         launchers.deepspeed(["quickstart"], "auto", options, hostfile, env=["A=$x"])

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .doctor_facts import HostFacts, Meeting, RecipeFacts
-from .doctor_findings import Finding
+from .facts import HostFacts, Meeting, RecipeFacts
+from .findings import Finding
 
 HERE = "here"  # this machine, in findings
 Say = Callable[[str], None]

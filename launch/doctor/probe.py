@@ -1,6 +1,6 @@
 """The doctor's probe: runs on a host and answers questions, line by line, as JSON.
 
-`python -m convnext_yolo.launch.doctor_probe`, started by `doctor` through ssh. It changes nothing
+`python -m convnext_yolo.launch.doctor.probe`, started by `doctor` through ssh. It changes nothing
 but a file in the run's folder, which goes again whatever happens, and holds a port only while it
 is asked to. Standard output is its own: what libraries print goes to standard error.
 """
@@ -16,12 +16,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from .doctor_facts import PROTOCOL
-from .doctor_session import MARK
+from .facts import PROTOCOL
+from .session import MARK
 
 
 class Probe:
-    """Answers questions about this host; the answers are those of `doctor_facts`."""
+    """Answers questions about this host; the answers are those of `facts`."""
 
     def __init__(self) -> None:
         self.token: Path | None = None
@@ -57,7 +57,7 @@ class Probe:
 
     def leave_token(self, run: str, name: str) -> dict[str, Any]:
         """Leaves a file that the other hosts look for."""
-        from .doctor_host import existing
+        from .host import existing
 
         token = existing(Path(run)) / name
         try:
@@ -69,32 +69,32 @@ class Probe:
 
     def facts(self, **request: Any) -> dict[str, Any]:
         """Tells everything of this host."""
-        from .doctor_host import host_facts
+        from .host import host_facts
 
         return host_facts(**request).model_dump()
 
     def recipe(self, **request: Any) -> dict[str, Any]:
         """Tells what follows from the recipe, on whatever host."""
-        from .doctor_model import recipe_facts
+        from .model import recipe_facts
 
         return recipe_facts(**request).model_dump()
 
     def listen(self, port: int) -> dict[str, Any]:
         """Takes the port on which the ranks are going to meet."""
-        from .doctor_meeting import listen
+        from .meeting import listen
 
         self.listener, error = listen(port)
         return {"error": error}
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Calls the first host there."""
-        from .doctor_meeting import connect
+        from .meeting import connect
 
         return {"error": connect(address, port)}
 
     def meet(self, **request: Any) -> dict[str, Any]:
         """Takes part in an all-reduce with the other hosts."""
-        from .doctor_meeting import meet
+        from .meeting import meet
 
         if self.listener:
             self.listener.close()

@@ -1,8 +1,8 @@
 """What can be wrong with one host by itself: its facts in, findings out."""
 
-from ..recipes.config import Recipe
-from .doctor_facts import Gpu, HostFacts, RecipeFacts, Shards
-from .doctor_findings import Finding, error, from_sentence, several, warning
+from ...recipes.config import Recipe
+from .facts import Gpu, HostFacts, RecipeFacts, Shards
+from .findings import Finding, error, from_sentence, several, warning
 
 MIB, GIB = 2**20, 2**30
 NEEDED = ("torch", "torchvision", "deepspeed", "timm")

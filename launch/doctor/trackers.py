@@ -6,7 +6,7 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from ..recipes.config import TrackingSection
+from ...recipes.config import TrackingSection
 
 REACH_S = 3.0
 WANDB_URL = "https://api.wandb.ai"

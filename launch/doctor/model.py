@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .doctor_facts import RecipeFacts
+from .facts import RecipeFacts
 
 FP32_BYTES = 4
 CLASSES = 80  # of the data; the sizes hardly depend on it
@@ -26,11 +26,11 @@ def recipe_facts(configs: Sequence[str], options: Sequence[str], world_size: int
     """
     import torch
 
-    from ..model.detector import build_detector, without_pretrained
-    from ..recipes.build import architecture
-    from ..recipes.config import RecipeError
-    from ..recipes.load import load_recipe
-    from ..recipes.optim import freeze, moment_names
+    from ...model.detector import build_detector, without_pretrained
+    from ...recipes.build import architecture
+    from ...recipes.config import RecipeError
+    from ...recipes.load import load_recipe
+    from ...recipes.optim import freeze, moment_names
 
     recipe = load_recipe([Path(file) for file in configs], options)
     found = RecipeFacts(shm_bytes=_ring_bytes(recipe))
@@ -58,7 +58,7 @@ def recipe_facts(configs: Sequence[str], options: Sequence[str], world_size: int
 
 def _ring_bytes(recipe: Any) -> int:
     """Shared memory of a rank's loader, as `data_prep.ring` takes it."""
-    from ..data_prep.ring import PREFETCH
+    from ...data_prep.ring import PREFETCH
 
     workers = min(recipe.data.workers, recipe.batch.micro)
     if not workers:
@@ -97,8 +97,8 @@ def _deepspeed(recipe: Any, world_size: int) -> tuple[str, list[str]]:
     Raises:
         RecipeError: options that contradict the recipe.
     """
-    from ..data_prep.stream import BatchPlan
-    from ..recipes.engine import deepspeed_config
+    from ...data_prep.stream import BatchPlan
+    from ...recipes.engine import deepspeed_config
 
     total, micro = recipe.batch.global_size, recipe.batch.micro
     fits = total % (micro * world_size) == 0

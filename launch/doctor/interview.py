@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipes.config import Recipe
-from .doctor_facts import HostFacts, Meeting, RecipeFacts
-from .doctor_findings import Finding
-from .doctor_machine import check_skew
-from .doctor_meeting import bandwidth_gbit
-from .doctor_network import check_address, check_meeting, check_port, check_start
-from .doctor_session import ProbeError, ProbeSession, Session, greet, ssh_words
-from .doctor_setup import HERE, Examination, Say, Setup
+from ...recipes.config import Recipe
+from .facts import HostFacts, Meeting, RecipeFacts
+from .findings import Finding
+from .machine import check_skew
+from .meeting import bandwidth_gbit
+from .network import check_address, check_meeting, check_port, check_start
+from .session import ProbeError, ProbeSession, Session, greet, ssh_words
+from .setup import HERE, Examination, Say, Setup
 
 # Host, and the command that starts a probe there (None: on this machine), to a session.
 Open = Callable[[str, list[str] | None], Session]
@@ -220,5 +220,5 @@ def _silent(host: str, question: str, silence: ProbeError) -> Finding:
     }.get(question, question)
     what = f"no answer while {doing}: {silence.said}"
     why = "a rank would hang or end there as well"
-    words = shlex.join([Path(sys.executable).name, "-m", "convnext_yolo.launch.doctor_probe"])
+    words = shlex.join([Path(sys.executable).name, "-m", "convnext_yolo.launch.doctor.probe"])
     return Finding("error", host, what, why, f"look at the host; `{words}` there is what was asked")

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from .doctor_facts import HostFacts, Meeting
-from .doctor_findings import Finding, error, several, warning
-from .doctor_session import CONNECT_S, ProbeError
+from .facts import HostFacts, Meeting
+from .findings import Finding, error, several, warning
+from .session import CONNECT_S, ProbeError
 
 # What ssh and the remote shell say: (pattern, what it is, the mend).
 _STARTS = (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .doctor_facts import Shards
+from .facts import Shards
 
 CHUNKS = 6  # that are read in full, from as many shards as there are
 
@@ -21,11 +21,11 @@ def shards(location: str, cache: Mapping[str, Any]) -> Shards:
         location: of the shards.
         cache: the recipe's `data` section, for URLs.
     """
-    from ..data_prep.cache import CacheOptions
-    from ..data_prep.errors import CorruptSampleError, DataError
-    from ..data_prep.manifest import CHUNK
-    from ..data_prep.reader import ShardReader
-    from ..data_prep.remote import is_url
+    from ...data_prep.cache import CacheOptions
+    from ...data_prep.errors import CorruptSampleError, DataError
+    from ...data_prep.manifest import CHUNK
+    from ...data_prep.reader import ShardReader
+    from ...data_prep.remote import is_url
 
     found = Shards(location=location)
     options = CacheOptions(cache["cache"], cache["cache_gib"], cache["patience_s"])
@@ -73,8 +73,8 @@ def some_chunks(chunks: list[int]) -> list[tuple[int, int]]:
 
 def _check_chunk(reader: Any, shard: int, chunk: int, is_far: bool) -> None:
     """Raises CorruptSampleError where a chunk's bytes are not the manifest's."""
-    from ..data_prep.errors import CorruptSampleError
-    from ..data_prep.manifest import CHUNK, first_bytes
+    from ...data_prep.errors import CorruptSampleError
+    from ...data_prep.manifest import CHUNK, first_bytes
 
     if is_far:  # it is checked whenever it is fetched
         return

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..recipes.config import Recipe
-from .doctor_findings import Finding, error, several, warning
+from ...recipes.config import Recipe
+from .findings import Finding, error, several, warning
 
 # What DeepSpeed 0.19 has no more (its runtime/config.py), and what to write instead.
 REMOVED = {

@@ -2,9 +2,9 @@
 
 This machine reads the hostfile, the recipe and the environment; a probe on each host tells what it
 is like there, all at the same time; then the hosts try to meet as ranks do. Judgements are pure
-functions from facts to findings (`doctor_recipe`, `doctor_environment`, `doctor_hosts`,
-`doctor_machine`); only gathering facts needs hosts. Nothing is changed: a file in the run's folder,
-by which hosts see whether they share it, is gone again afterwards, and so is every process.
+functions from facts to findings (`recipe`, `environment`, `hosts`, `machine`, `network`); only
+gathering facts needs hosts. Nothing is changed: a file in the run's folder, by which hosts see
+whether they share it, is gone again afterwards, and so is every process.
 """
 
 import os
@@ -13,21 +13,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..recipes.config import Recipe, RecipeError
-from ..recipes.load import load_recipe, recipe_path
-from .doctor_environment import (
+from ...recipes.config import Recipe, RecipeError
+from ...recipes.load import load_recipe, recipe_path
+from ..hostfile import read_hostfile
+from ..job import LaunchError, fitting, rank_environment
+from ..launchers import deepspeed_env
+from .environment import (
     check_accelerator,
     check_environment_files,
     check_interfaces,
     environment_files,
 )
-from .doctor_facts import RecipeFacts
-from .doctor_findings import Finding, error, from_sentence, merged
-from .doctor_hosts import compare_hosts, compare_recipes
-from .doctor_interview import Interview, Open, open_session
-from .doctor_machine import check_host, check_room, check_trackers
-from .doctor_network import check_own_names
-from .doctor_recipe import (
+from .facts import RecipeFacts
+from .findings import Finding, error, from_sentence, merged
+from .hosts import compare_hosts, compare_recipes
+from .interview import Interview, Open, open_session
+from .machine import check_host, check_room, check_trackers
+from .network import check_own_names
+from .recipe import (
     check_batch,
     check_classes,
     check_ignored,
@@ -35,10 +38,7 @@ from .doctor_recipe import (
     check_resume,
     check_samples,
 )
-from .doctor_setup import HERE, Examination, Say, Setup
-from .hostfile import read_hostfile
-from .job import LaunchError, fitting, rank_environment
-from .launchers import deepspeed_env
+from .setup import HERE, Examination, Say, Setup
 
 
 def say_to_stderr(line: str) -> None:

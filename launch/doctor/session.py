@@ -18,10 +18,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from .doctor_facts import PROTOCOL
+from .facts import PROTOCOL
 
 MARK = "convnext-yolo-probe "  # before each of our lines: login shells print what they like
-MODULE = "convnext_yolo.launch.doctor_probe"
+MODULE = "convnext_yolo.launch.doctor.probe"
 CONNECT_S = 5  # of ssh
 START_S = 30.0  # of ssh, Python and the package, from a file system that may be slow
 

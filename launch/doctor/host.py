@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipes.config import Recipe, RecipeError
-from ..recipes.load import load_recipe
-from .doctor_facts import Gpu, HostFacts, RunFolder
+from ...recipes.config import Recipe, RecipeError
+from ...recipes.load import load_recipe
+from .facts import Gpu, HostFacts, RunFolder
 
 PACKAGES = ("convnext-yolo", "torch", "torchvision", "deepspeed", "timm", "numpy")
 ROOMS = ("model", "data_prep", "recipes", "launch")
@@ -45,7 +45,7 @@ def host_facts(
         address=_own_address(),
         interfaces=[name for _, name in socket.if_nameindex()],
         versions=_versions(),
-        sources=_sources(),
+        sources=sources(Path(__file__).parents[2]),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         accelerator=os.environ.get("DS_ACCELERATOR", ""),
         shm_free_bytes=_shm_free_bytes(),
@@ -67,8 +67,8 @@ def host_facts(
 
 def _add_recipe(facts: HostFacts, recipe: Recipe, token: str, patience_s: float) -> None:
     """What the recipe names, as this host finds it."""
-    from .doctor_data import shards
-    from .doctor_trackers import trackers
+    from .data import shards
+    from .trackers import trackers
 
     facts.recipe = recipe.model_dump(mode="json", by_alias=True)
     cache = {**recipe.data.model_dump(), "patience_s": patience_s}
@@ -143,13 +143,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _sources() -> str:
-    """One hash for all modules of the package, since a version stays while a checkout changes."""
-    root = Path(__file__).parents[1]
+def sources(root: Path) -> str:
+    """One hash for all modules of the package, since a version stays while a checkout changes.
+
+    Args:
+        root: the folder with the rooms.
+    """
     digest = hashlib.sha256()
     for room in ROOMS:
-        for path in sorted((root / room).glob("*.py")):
-            digest.update(f"{room}/{path.name}\0".encode())
+        # one level down and no deeper: a checkout's data_prep holds the bundled pictures
+        for path in sorted([*root.glob(f"{room}/*.py"), *root.glob(f"{room}/*/*.py")]):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

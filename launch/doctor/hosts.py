@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from .doctor_facts import HostFacts, Shards
-from .doctor_findings import Finding, error, several, warning
-from .doctor_host import differing_key
+from .facts import HostFacts, Shards
+from .findings import Finding, error, several, warning
+from .host import differing_key
 
 AllFacts = Mapping[str, HostFacts]
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .doctor_findings import Finding, error, warning
-from .job import HANDED_ON
+from ..job import HANDED_ON
+from .findings import Finding, error, warning
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # The launcher sets these for each rank, after whatever the file says.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .doctor_facts import Meeting
+from .facts import Meeting
 
 CONNECT_S = 4.0
 MEET_S = 15.0  # for all to be there
