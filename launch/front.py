@@ -6,24 +6,22 @@ others are ended `COLLECT_S` later, so that no job waits for the ten minutes and
 collective may take, and the outcome says which went first and why.
 """
 
-import contextlib
 import hmac
 import os
-import re
 import secrets
 import selectors
 import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import Any
 
 from .addresses import own_address
 from .command import Command, Ranks
 from .job import LaunchError
 from .lifeline import BEAT_S, FRONT, LOGS, LOST_S, STOP_S, Lines
 from .processes import any_marked, has_ended, kill_group, kill_marked
+from .rank import Outcome, Rank, first_of
+from .stall import StallDetector
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # From the first failure until the rest is ended: so long, others may tell theirs.
@@ -31,48 +29,18 @@ COLLECT_S = 10.0
 SILENT_S = 3 * BEAT_S  # then, who has not been heard for so long is lost
 START_S = 180.0  # between the first rank and the last
 LEAVE_S = 10.0  # for a launcher, when all ranks are gone, and the other way round
-# What ranks say when another one has gone.
-_CONSEQUENCE = re.compile(
-    r"closed by peer|reset by peer|connection (was )?(closed|refused|reset)|broken pipe|timed? ?out"
-    r"|remote process|disconnect|SIGTERM|DistBackendError|DistNetworkError",
-    re.IGNORECASE,
-)
-
-
-@dataclass
-class Rank:
-    """A rank, as its guard tells of it."""
-
-    number: int
-    host: str
-    lines: Lines | None  # None: it never came
-    heard_s: float
-    code: int | None = None
-    reason: str = ""
-    lost: bool = False  # gone without a word
-    ended_s: float = 0.0
-
-    def send(self, **message: Any) -> None:
-        """A guard that is gone is found out by its silence."""
-        with contextlib.suppress(OSError):
-            if self.lines:
-                self.lines.send(**message)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a launcher's run went."""
-
-    code: int
-    sentence: str = ""
-    lost_hosts: frozenset[str] = frozenset()
-    stopped: bool = False  # by a signal
 
 
 class Front:
-    """The launcher and the connections to the guards of its ranks."""
+    """The launcher and the connections to the guards of its ranks.
 
-    def __init__(self, command: Command, expected: Ranks):
+    Args:
+        command: starts the launcher.
+        expected: its ranks.
+        stall_s: after so long without progress of any rank the job is ended; 0: never.
+    """
+
+    def __init__(self, command: Command, expected: Ranks, stall_s: float):
         self.expected, self.token = expected, secrets.token_hex(16)
         address = _address(expected.callers)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -85,6 +53,7 @@ class Front:
         command = command.with_rank_environment({FRONT: front, LOGS: str(expected.logs)})
         command.write_files()
         self.ranks: list[Rank] = []
+        self.stall = StallDetector(stall_s, expected.logs)
         self.signals: list[int] = []
         self.abandoned = False
         self.first_s = float("inf")  # when the first rank came
@@ -158,18 +127,14 @@ class Front:
             self._accept()
             return
         rank, lines = key.data
+        now = time.monotonic()
         try:
-            messages = lines.receive()
-        except OSError:
+            for message in lines.receive():
+                rank.take(message, now)
+        except (OSError, KeyError, TypeError, ValueError):
             self.selector.unregister(key.fileobj)
             if rank.code is None:
-                self._lose(rank, "its guard is gone: the host, or the guard, was ended")
-            return
-        rank.heard_s = time.monotonic()
-        for message in messages:
-            if message.get("type") == "exit":
-                rank.code, rank.reason = int(message["code"]), str(message["reason"])
-                rank.ended_s = rank.heard_s
+                rank.lose("its guard is gone: the host, or the guard, was ended", now)
 
     def _accept(self) -> None:
         connection, _ = self.listener.accept()
@@ -185,6 +150,7 @@ class Front:
             return
         host = self.expected.hosts.get(number, str(hello["host"]))
         rank = Rank(number, host, lines, time.monotonic())
+        rank.place.since_s = rank.heard_s
         self.first_s = min(self.first_s, rank.heard_s)
         self.ranks.append(rank)
         self.selector.register(connection, selectors.EVENT_READ, (rank, lines))
@@ -199,13 +165,10 @@ class Front:
             kill_group(self.launcher)
         now = time.monotonic()
         if number == signal.SIGINT and self.signals.count(signal.SIGINT) > 1:
-            self.end_by = now
+            self.end_by = min(self.end_by, now)
         self.stop_by = min(self.stop_by, now + STOP_S)
         for rank in self._running():
             rank.send(type="signal", number=number)
-
-    def _lose(self, rank: Rank, reason: str) -> None:
-        rank.lost, rank.reason, rank.ended_s = True, reason, time.monotonic()
 
     def _watch(self, now: float) -> None:
         """Beats, silences, deadlines."""
@@ -217,19 +180,30 @@ class Front:
             # the others would wait for it for half an hour
             rank = Rank(number, self.expected.hosts[number], None, now)
             self.ranks.append(rank)
-            self._lose(rank, f"it did not come within {START_S:.0f} s")
+            rank.lose(f"it did not come within {START_S:.0f} s", now)
+        if not self.signals:
+            self._watch_progress(now)
         failures = [rank.ended_s for rank in self._failed()]
         if failures:
             self.end_by = min(self.end_by, min(failures) + COLLECT_S)
         self._end_late(now, now > min(self.end_by, self.stop_by))
         self._leave(now, bool(failures))
 
+    def _watch_progress(self, now: float) -> None:
+        """Has the stacks shown of a rank that the others wait for, or ends the job for its sake."""
+        rank, reason = self.stall.look(self._running(), now)
+        if rank and reason:
+            rank.blame(reason)
+            self.end_by = min(self.end_by, now)
+        elif rank:
+            rank.send(type="stacks")
+
     def _end_late(self, now: float, ending: bool) -> None:
         """Ranks that are silent are lost; when all is to end, so are those that run on."""
         for rank in self._running():
             silent_s = now - rank.heard_s
             if silent_s > (SILENT_S if ending else LOST_S):
-                self._lose(rank, f"no sign of life for {silent_s:.0f} s")
+                rank.lose(f"no sign of life for {silent_s:.0f} s", now)
             elif ending:
                 rank.send(type="kill")
 
@@ -263,7 +237,7 @@ class Front:
         code = 128 - code if code < 0 else code
         failed, codes = self._failed(), [rank.code or 0 for rank in self.ranks]
         if failed:
-            first = min(failed, key=_order)
+            first = first_of(failed)
             if first.code == 2 or not code:
                 code = first.code if first.code and first.code > 0 else 1
             sentence = (
@@ -285,11 +259,6 @@ class Front:
         if codes and not self._missing() and len(codes) >= self.expected.count:
             code = 0  # all that was to be done is done, however the launcher has left
         return Outcome(code, f"the launcher ended with exit code {code}; see its output above")
-
-
-def _order(rank: Rank) -> tuple[bool, bool, float]:
-    """What is the cause: a loss, then what does not tell of another's failure, the earliest."""
-    return (not rank.lost, bool(_CONSEQUENCE.search(rank.reason)), rank.ended_s)
 
 
 def _address(callers: tuple[str, ...]) -> str:

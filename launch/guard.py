@@ -18,11 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from ..recipes import heartbeat
 from .lifeline import BEAT_S, FRONT, GIVE_UP_S, JOB, LOGS, LOST_S, STOP_S, Lines
-from .processes import has_ended, kill_group
+from .processes import has_ended, kill_group, state
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +43,8 @@ class Guard:
         self.front.send(type="hello", token=token, **me)
         self.log = _open_log(Path(environment[LOGS]), self.rank)
         rank_environment = {k: v for k, v in environment.items() if k not in (FRONT, LOGS)}
+        self.heartbeat = heartbeat.create()
+        rank_environment[heartbeat.HEARTBEAT] = str(self.heartbeat)
         rank_environment[JOB] = token  # so that the front finds what a killed guard leaves here
         for number in SIGNALS:  # before there is a rank: none may slip through
             signal.signal(number, self._on_signal)
@@ -50,8 +54,10 @@ class Guard:
             stderr=subprocess.PIPE,
             env=rank_environment,
             start_new_session=True,
+            pass_fds=[self.heartbeat],
             preexec_fn=_die_with_parent,
         )
+        self._started_s = time.monotonic()
         self._sending = threading.Lock()
         self._end_at: float | None = None
 
@@ -69,7 +75,7 @@ class Guard:
             if self._end_at and now > self._end_at:
                 kill_group(self.child)
             if now > beat:
-                self._send(type="beat")
+                self._send(type="beat", **self._place(now))
                 beat = now + BEAT_S
             time.sleep(0.05)
         kill_group(self.child)  # loader processes that it has left
@@ -95,11 +101,24 @@ class Guard:
                     if message["type"] == "signal":
                         self._signal(int(message["number"]))
                         self._end_by(STOP_S)
+                    elif message["type"] == "stacks":
+                        self._show_stacks()
                     elif message["type"] == "kill":
                         self._end_by(0)
         except OSError:
             self._signal(signal.SIGTERM)
             self._end_by(GIVE_UP_S)
+
+    def _place(self, now: float) -> dict[str, Any]:
+        """Where the rank is, with the age of that: hosts have clocks of their own."""
+        beat = heartbeat.read(self.heartbeat) or heartbeat.Beat(since_s=self._started_s)
+        fields = asdict(beat)
+        for_s = now - fields.pop("since_s")
+        return {**fields, "for_s": for_s, "state": state(self.child.pid)}
+
+    def _show_stacks(self) -> None:
+        if heartbeat.read(self.heartbeat):  # before its first beat, a signal would end it
+            self._signal(heartbeat.SHOW_STACKS)
 
     def _end_by(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -8,6 +8,7 @@ from .doctor_commands import ask_about_launch
 from .parser import Commands, Parser, add_command, positive, whole_number
 from .plan_commands import plan_launch
 from .recipe_options import RECIPE_KEYS, add_recipe_options
+from .stall import LIMIT_S
 
 
 def add_launch(commands: Commands) -> None:
@@ -32,6 +33,13 @@ def _launcher(where: Commands, name: str, text: str, epilog: str = "") -> Parser
         "--plan",
         action="store_true",
         help="run nothing: print what the recipe costs on so many ranks, as `plan` does",
+    )
+    parser.add_argument(
+        "--stall-s",
+        type=whole_number,
+        default=LIMIT_S,
+        metavar="S",
+        help=f"end the job when no rank gets on for so long; default {LIMIT_S} s, 0: never",
     )
     return parser
 
@@ -82,7 +90,7 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
             assert isinstance(rendered, Command)
             return rendered
 
-        run(command, options.dry_run, getattr(options, "max_restarts", 0))
+        run(command, options.dry_run, getattr(options, "max_restarts", 0), options.stall_s)
 
     parser.set_defaults(run_command=run)
 
@@ -217,6 +225,7 @@ def _slurm(where: Commands) -> None:
             partition=options.partition,
             account=options.account,
             warning_s=options.warning_s,
+            stall_s=options.stall_s,
             more=tuple(options.sbatch),
             env=tuple(options.env),
         )

@@ -7,8 +7,9 @@ guard (`guard.py`) that calls it. Each line is a JSON object; both sides say som
 
 The token keeps strangers and ranks of other jobs out; it is no secret on these hosts.
 
-from a guard: hello (token, rank, host, pid), beat, exit (code, reason)
-from the front: beat, signal (number), kill
+from a guard: hello (token, rank, host, pid), beat (count, step, doing, for_s, state), exit (code,
+reason)
+from the front: beat, signal (number), stacks, kill
 """
 
 import json

@@ -19,6 +19,14 @@ def has_ended(child: "subprocess.Popen[Any]") -> bool:
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def state(process: int) -> str:
+    """The state of a process as in /proc: R runs, S sleeps, D waits for a disk, T is stopped."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it is gone
+        return ""
+
+
 def kill_group(child: "subprocess.Popen[Any]") -> None:
     """Ends all of the session that a child leads; nobody has waited for the child."""
     # it has left its group, or given up its user

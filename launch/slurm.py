@@ -1,8 +1,9 @@
 """Slurm: a job script that starts a rank per task, and puts itself back into the queue.
 
-Slurm is the launcher: `srun` starts every rank and ends all when one fails, and a rank learns who
-it is from Slurm's own variables. On a warning before the time limit, and on preemption, the ranks
-publish a checkpoint; the script then asks whether the run is finished, and requeues the job if not.
+Slurm is the launcher: `srun` starts every rank, under our supervision (`allocation.py`), and a rank
+learns who it is from Slurm's own variables. On a warning before the time limit, and on preemption,
+the ranks publish a checkpoint; the script then asks whether the run is finished, and requeues the
+job if not.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from .command import Command, File
 from .job import Job, LaunchError, describe_job, given_environment
+from .stall import LIMIT_S
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sbatch"
 MARK = "# From here on there is nothing to change."
@@ -32,6 +34,7 @@ class Allocation:
     partition: str | None = None
     account: str | None = None
     warning_s: int = 120  # before the time limit
+    stall_s: int = LIMIT_S  # without progress, then the job is ended; 0: never
     more: tuple[str, ...] = ()  # further options, as sbatch takes them
     env: tuple[str, ...] = ()
 
@@ -68,6 +71,7 @@ def job_script(job: Job, allocation: Allocation) -> str:
         f"python={shlex.quote(sys.executable)}",
         f"recipe=({config})",
         f"resume={shlex.quote(job.resume)}",
+        f"stall_s={allocation.stall_s}",
     ]
     return "\n".join([*head, "", "".join(body[1:])])
 

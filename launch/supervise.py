@@ -9,12 +9,17 @@ import sys
 from collections.abc import Callable
 
 from .command import Command
-from .front import Front, Outcome
+from .front import Front
 from .job import LaunchError
+from .rank import Outcome
+from .stall import LIMIT_S
 
 
 def run(
-    render: Callable[[frozenset[str]], Command], dry_run: bool = False, max_restarts: int = 0
+    render: Callable[[frozenset[str]], Command],
+    dry_run: bool = False,
+    max_restarts: int = 0,
+    stall_s: float = LIMIT_S,
 ) -> None:
     """Runs what is rendered to its end, or only prints it.
 
@@ -23,6 +28,7 @@ def run(
         dry_run: print it as a shell script instead.
         max_restarts: how often a job that failed is started again, without the hosts that were
             lost. The recipe's own mistakes and signals end it.
+        stall_s: a job whose ranks have not got on for so long has failed; 0: never.
 
     Raises:
         LaunchError: the job failed; says who went first, carries the exit code.
@@ -33,7 +39,7 @@ def run(
         return
     lost: frozenset[str] = frozenset()
     for restart in range(max_restarts + 1):
-        outcome = _run_once(command)
+        outcome = run_once(command, stall_s)
         if not outcome.code:
             return
         if restart == max_restarts or outcome.stopped or outcome.code == 2:
@@ -44,9 +50,10 @@ def run(
     raise LaunchError(outcome.sentence, outcome.code)
 
 
-def _run_once(command: Command) -> Outcome:
+def run_once(command: Command, stall_s: float) -> Outcome:
+    """Runs a command to its end, under supervision if it says which ranks it starts."""
     if command.ranks:
-        with Front(command, command.ranks) as front:
+        with Front(command, command.ranks, stall_s) as front:
             return front.run()
     command.write_files()
     print(f"$ {command}", flush=True)

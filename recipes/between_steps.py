@@ -16,6 +16,7 @@ from .build import architecture, eval_settings
 from .checkpoint import CheckpointError
 from .evaluate import Evaluation, EvaluationStopped, evaluate
 from .export import exported_weights
+from .heartbeat import heartbeat
 from .native import save_native
 from .optim import group_rates
 from .prediction_pictures import save_predictions
@@ -43,6 +44,7 @@ def evaluate_now(run: Run) -> bool:
         )
     except EvaluationStopped:
         return False
+    heartbeat().beat("metrics")  # the main rank comes when it has computed them
     metrics: list[Any] = [outcome and _numbers(outcome)]
     dist.broadcast_object_list(metrics)
     if metrics[0] is None:
@@ -67,6 +69,7 @@ def evaluate_now(run: Run) -> bool:
 def save(run: Run) -> None:
     """Begins a checkpoint of this step on all ranks; `publish` ends it."""
     publish(run)
+    heartbeat().beat("checkpoint")
     run.best_ap = max(run.best_ap, run.metrics.get("AP", -1.0))
     run_state: dict[str, Any] = {
         "finished": run.step == run.total_steps == run.evaluated_step,
@@ -106,6 +109,7 @@ def publish(run: Run, last: bool = False) -> None:
     """
     if not run.writer.is_pending:
         return
+    heartbeat().beat("publishing")
     try:
         run.writer.finish()
     except CheckpointError as error:
@@ -117,6 +121,7 @@ def publish(run: Run, last: bool = False) -> None:
 
 def record(run: Run, losses: dict[str, float]) -> None:
     """Logs what the last steps were like; all ranks call it."""
+    heartbeat().beat("record")
     norm = run.engine.get_global_grad_norm()
     record = {
         "kind": "train",

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .heartbeat import heartbeat
+
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
 
@@ -44,6 +46,7 @@ class StepClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of a step."""
+        heartbeat().beat(name)
         start_s, collectives_s = self._now(), self._collectives.seconds
         yield
         if not self._measures and name != "data":

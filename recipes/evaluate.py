@@ -38,6 +38,7 @@ from .coco import coco_metrics, format_results, match_classes
 from .config import EvalSection
 from .export import exported_weights
 from .files import write_whole
+from .heartbeat import heartbeat
 
 LOOK_EVERY_S = 0.2  # for a request to stop
 
@@ -144,6 +145,7 @@ def _in_step(batches: Iterator[Batch], stop_asked: Callable[[], bool] | None) ->
     from accelerate.utils import gather_object
 
     while True:
+        heartbeat().beat("evaluation")
         batch = next(batches, None)
         if batch is not None:
             yield batch

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from .clock import StepClock
 from .distributed import World
+from .heartbeat import heartbeat
 from .utilization import Utilization
 
 
@@ -48,6 +49,7 @@ class Meter:
     @contextmanager
     def step(self, number: int) -> Iterator[StepClock]:
         """Times global step `number`, from 1."""
+        heartbeat().step = number
         with self.clock.step(self.is_due(number)):
             yield self.clock
         self.steps += 1

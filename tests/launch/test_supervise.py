@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from convnext_yolo.launch import allocation, guard, supervise
 from convnext_yolo.launch import front as front_module
-from convnext_yolo.launch import guard, supervise
 from convnext_yolo.launch.command import Command, Ranks
 from convnext_yolo.launch.job import LaunchError
 
@@ -241,6 +241,37 @@ def test_restarts(
     with pytest.raises(LaunchError) as failure:
         supervise.run(lambda lost: job(tmp_path, "echo 'x: error: wrong'; exit 2"), max_restarts=5)
     assert failure.value.exit_code == 2 and "wrong" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("fate", "code", "says"),
+    [
+        ("exit 3", 3, "exit code 3"),
+        ("kill -KILL $PPID", allocation.LOST_HOST, "its guard is gone"),
+        ("exit 0", 0, ""),
+    ],
+)
+def test_within_a_slurm_job(
+    fate: str,
+    code: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A lost host is no failure: Slurm replaces it."""
+    monkeypatch.setattr(front_module, "COLLECT_S", 1.0)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "host")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    job_words = job(tmp_path, f"if [ $RANK = 1 ]; then {fate}; fi; sleep .2").words
+    recipe = ["--config", "quickstart", "--run", str(tmp_path), "--stall-s", "0"]
+    assert allocation.main([*recipe, "--", *job_words]) == code
+    assert says in capfd.readouterr().err
+    assert (tmp_path / "logs/rank-1.log").exists()
 
 
 def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:

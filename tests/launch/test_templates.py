@@ -146,6 +146,7 @@ def test_the_plain_slurm_script_is_the_rendered_one_but_for_its_head() -> None:
         (0, 1, "RUNNING", -9, True),  # stopped by a signal: Slurm ends the script
         (0, 1, "CANCELLED", 0, False),  # what a user has cancelled stays so
         (3, 1, "RUNNING", 3, False),  # what failed would fail again
+        (75, 1, "RUNNING", -9, True),  # a host was lost
     ],
 )
 def test_when_a_slurm_job_goes_back_into_the_queue(
@@ -153,7 +154,9 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
 ) -> None:
     stubs = programs(
         tmp_path / "bin",
-        python=f'case "$*" in *launch.finished*) exit {finished} ;; esac\n{PRINTS}; exit {ranks}',
+        python='if [[ $2 == *.allocation ]]; then while [ "$1" != -- ]; do shift; done; shift; '
+        f'"$@"; exit; fi\nif [[ $2 == *.finished ]]; then exit {finished}; fi\n'
+        f"{PRINTS}; exit {ranks}",
         srun="while [[ $1 == -* ]]; do shift; done; export SLURM_NTASKS=16 SLURM_LOCALID=3 \\\n"
         f'SLURM_PROCID=11; "$@"; code=$?; env >{tmp_path}/env; exit $code',
         scontrol='if [ "$1" = show ]; then echo node-1; echo node-2; exit; fi\n'

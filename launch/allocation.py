@@ -1,0 +1,58 @@
+"""`python -m convnext_yolo.launch.allocation --config FILE [--key.sub value] -- srun …`.
+
+Within a Slurm job, on its first host: srun, under the same supervision as other launchers. Exit
+code 75 (EX_TEMPFAIL) says that a host was lost: the job may go back into the queue, where Slurm
+finds another.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from .parser import Parser, whole_number
+
+LOST_HOST = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the words after `--` to their end; returns the exit code."""
+    parser = Parser("python -m convnext_yolo.launch.allocation", allow_abbrev=False)
+    parser.add_argument("--config", action="append", required=True, metavar="FILE")
+    parser.add_argument("--stall-s", type=whole_number, required=True, metavar="S")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--" not in words:
+        parser.error("the command to supervise is missing: give -- srun …")
+    end = words.index("--")
+    options, rest = parser.parse_known_args(words[:end])
+
+    from ..recipes.config import RecipeError
+    from ..recipes.load import load_recipe, recipe_path
+    from .command import Command, Ranks
+    from .job import LaunchError, logs_folder
+    from .supervise import run_once
+
+    try:
+        recipe = load_recipe([recipe_path(name) for name in options.config], rest)
+        count = int(os.environ.get("SLURM_NTASKS", "0"))
+        ranks = Ranks({}, logs_folder(recipe), _hosts(), count)
+        outcome = run_once(Command(words[end + 1 :], ranks=ranks), options.stall_s)
+    except (RecipeError, LaunchError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    if outcome.code:
+        print(f"convnext-yolo: {outcome.sentence}", file=sys.stderr)
+    return LOST_HOST if outcome.lost_hosts else outcome.code
+
+
+def _hosts() -> tuple[str, ...]:
+    """The hosts of this job, this one, the first, at the end: it is the others that call here."""
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
+    )
+    return tuple(reversed(names.stdout.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
