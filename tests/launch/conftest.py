@@ -16,11 +16,13 @@ STEPS = 4
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory, datasets: Path) -> Path:
-    """The bundled cells' validation pictures as both splits."""
+    """The bundled cells' validation pictures, and for evaluations the first of them."""
     folder = tmp_path_factory.mktemp("shards")
     cells = read_coco(datasets / "bccd/instances_val.json", datasets / "bccd/images/val")
-    for split in ("train", "val"):
-        shard_dataset(cells, folder / split, samples_per_shard=30, progress=False)
+    shard_dataset(cells, folder / "train", samples_per_shard=30, progress=False)
+    # Few: most runs end with an evaluation that no test looks at.
+    cells.images[24:] = []
+    shard_dataset(cells, folder / "val", samples_per_shard=10, progress=False)
     return folder
 
 

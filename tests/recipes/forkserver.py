@@ -10,6 +10,7 @@ them fails, the others are killed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,13 @@ class Job:
         if self.exit_codes is None:
             self.exit_codes = self.server.read()["exit_codes"]
         return self.exit_codes
+
+    def wait_for_line(self, beginning: str) -> None:
+        """Waits until a line that begins so is printed."""
+        deadline_s = time.monotonic() + 200
+        while f"\n{beginning}" not in f"\n{self.output}":
+            assert time.monotonic() < deadline_s, self.output
+            time.sleep(0.01)  # between two looks
 
     @property
     def output(self) -> str:
@@ -96,12 +105,18 @@ def _serve() -> None:
     def answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    import deepspeed  # noqa: F401
+    import accelerate  # noqa: F401
+    import deepspeed.ops.op_builder.all_ops
+
+    # With it comes torch's compiler, which costs each engine a second or two.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import pycocotools.cocoeval  # noqa: F401
     import timm  # noqa: F401
 
     import convnext_yolo.launch.cli
     import convnext_yolo.recipes.train  # noqa: F401
 
+    gc.freeze()  # what is here stays: no child need go through it, page by page
     answer({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)

@@ -12,10 +12,10 @@ from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 
 from .conftest import STEPS, TinyRun
 from .forkserver import ForkServer
+from .short_runs import train
 
 pytestmark = pytest.mark.process
 FULL_DISK = str(Path(__file__).with_name("ranks_full_disk.py"))
-MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
 
 
 def names(run: TinyRun) -> list[int]:
@@ -48,8 +48,7 @@ def test_a_disk_that_stays_full_ends_the_run_cleanly(
     assert "error: checkpoint of step 12: can't be written to" in job.output
     assert "Traceback" not in job.output
     assert names(run) == [4]
-    output = fork_server.run(2, *MODULE, str(run.recipe))
-    assert "resuming at step 4 of 12" in output
+    assert "resuming at step 4 of 12" in train(fork_server, run, 2)
 
 
 @pytest.mark.parametrize("damage", ["a flipped byte", "a truncated part"])
@@ -57,7 +56,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     fork_server: ForkServer, tiny_run: Callable[..., TinyRun], damage: str
 ) -> None:
     run = tiny_run(damage.replace(" ", "-"))
-    fork_server.run(2, *MODULE, str(run.recipe))
+    train(fork_server, run, 2)
     whole = run.sha256()
     newest, before, _ = published(run.folder / "checkpoints")
     part = newest / "part-00000.safetensors"
@@ -65,7 +64,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     if damage == "a flipped byte":
         content[len(content) // 2] ^= 1
     part.write_bytes(content if damage == "a flipped byte" else content[:-100])
-    output = fork_server.run(2, *MODULE, str(run.recipe))
+    output = train(fork_server, run, 2)
     refused = f"checkpoint {newest}: part-00000.safetensors is damaged (its sha256 differs)"
     assert f"{refused}; trying the one before" in output
     assert f"resuming at step {load_checkpoint(before).step} of {STEPS}" in output

@@ -12,6 +12,9 @@ import pytest
 
 from convnext_yolo.data_prep.manifest import Manifest
 
+from .forkserver import ForkServer
+from .short_runs import TRAIN, kill_at_step, train
+
 pytestmark = pytest.mark.process
 
 
@@ -49,12 +52,12 @@ def ledger(run: Any) -> set[tuple[str, str]]:
 
 
 def test_corrupt_samples_are_replaced_and_told_at_any_world_size(
-    tiny_run: Callable[..., Any], spoilt_shards: Path
+    fork_server: ForkServer, tiny_run: Callable[..., Any], spoilt_shards: Path
 ) -> None:
     runs = []
-    for launcher in ("alone", "torchrun"):
-        run = tiny_run(f"spoilt-{launcher}", data=data(spoilt_shards, corrupt_limit=0.5))
-        output = run.run(launcher)
+    for ranks in (1, 2):
+        run = tiny_run(f"spoilt-{ranks}", data=data(spoilt_shards, corrupt_limit=0.5))
+        output = train(fork_server, run, ranks)
         assert "another takes its place" in output
         assert output.count("AP50") == 1  # evaluated without the picture that can't be read
         runs.append(run)
@@ -66,25 +69,25 @@ def test_corrupt_samples_are_replaced_and_told_at_any_world_size(
 
 
 def test_too_many_corrupt_samples_end_the_run_on_every_rank(
-    tiny_run: Callable[..., Any], spoilt_shards: Path
+    fork_server: ForkServer, tiny_run: Callable[..., Any], spoilt_shards: Path
 ) -> None:
     run = tiny_run("too-many", data=data(spoilt_shards, corrupt_limit=0.02))
-    process = run.start("torchrun")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode != 0
+    job = fork_server.start(2, *TRAIN, str(run.recipe))
+    codes = job.wait()
+    assert 2 in codes and 0 not in codes, job.output
     sentence = "of 72 samples are corrupt, more than data.corrupt_limit = 0.02 allows"
-    assert output.count(sentence) == 1 and "Traceback (most" not in output.partition(sentence)[0]
+    assert job.output.count(sentence) == 1 and "Traceback" not in job.output
     assert len(ledger(run)) in (2, 3)  # one batch may hold two
 
 
 def test_pixels_left_to_the_device_train_the_same_resumed_on_other_ranks(
-    tiny_run: Callable[..., Any],
+    fork_server: ForkServer, tiny_run: Callable[..., Any]
 ) -> None:
     whole, killed = (
         tiny_run(f"device-{name}", augment={"on_device": True}) for name in ("whole", "killed")
     )
-    whole.run("torchrun")
-    killed.kill_after("alone", step=6)
-    killed.run("torchrun")
+    train(fork_server, whole, 2)
+    kill_at_step(fork_server, killed, 6)
+    train(fork_server, killed, 2)
     for ours, theirs in zip(killed.losses(), whole.losses(), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from convnext_yolo.recipes.config import Recipe
 from convnext_yolo.recipes.deepspeed_import import _read_all, consolidate, import_deepspeed
 from convnext_yolo.recipes.native import CLIENT_STATE
 
-from .conftest import BIN, TinyRun, environment, free_port
+from .conftest import TinyRun
+from .forkserver import ForkServer
+from .short_runs import train
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
@@ -33,6 +34,7 @@ MODEL_FILE = "mp_rank_00_model_states.pt"
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_of_two_ranks_comes_back_to_the_bit(
     stage: int,
+    fork_server: ForkServer,
     tiny_run: Callable[..., TinyRun],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -43,7 +45,7 @@ def test_a_run_of_two_ranks_comes_back_to_the_bit(
         schedule={"epochs": 4 / 9, "warmup_epochs": 0.1},
         checkpoint={"every_steps": 2, "keep": 1, "native": True},
     )
-    run.run("torchrun")
+    train(fork_server, run, 2)
     [published] = (run.folder / "checkpoints").glob("step-*")  # keep: 1
     native, output = published / "native", tmp_path / "w.safetensors"
     manifest = json.loads((published / "manifest.json").read_text())
@@ -72,19 +74,10 @@ def test_a_run_of_two_ranks_comes_back_to_the_bit(
 
 
 @pytest.fixture(scope="session")
-def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_ranks(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ranks_save_native.py wrote."""
     folder = tmp_path_factory.mktemp("native")
-    script = Path(__file__).with_name("ranks_save_native.py")
-    words = [str(BIN / "torchrun"), "--nproc-per-node", "3", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [*words, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    fork_server.run(3, str(Path(__file__).with_name("ranks_save_native.py")), str(folder))
     return folder
 
 

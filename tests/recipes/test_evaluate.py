@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,8 @@ from convnext_yolo.recipes.coco import METRICS
 from convnext_yolo.recipes.evaluate import EvalSettings, Evaluation, evaluate, open_data
 from convnext_yolo.recipes.load import load_recipe
 
-MODULE = "convnext_yolo.launch"
+from .forkserver import ForkServer
+
 SETTINGS = EvalSettings(frame_px=(96, 128), batch=2, workers=0, confidence=0.1, iou=0.6)
 
 
@@ -128,7 +127,9 @@ def test_a_perfect_detector_scores_one(letterbox: Any, shapes: list[tuple[int, .
 
 
 @pytest.mark.process
-def test_a_rank_without_pictures_changes_nothing(datasets: Path, tmp_path: Path) -> None:
+def test_a_rank_without_pictures_changes_nothing(
+    fork_server: ForkServer, datasets: Path, tmp_path: Path
+) -> None:
     """Three processes and two pictures; test_quickstart.py has trained weights on all of them."""
     cells = json.loads((datasets / "bccd/instances_val.json").read_text())
     cells["images"] = cells["images"][:2]
@@ -141,12 +142,11 @@ def test_a_rank_without_pictures_changes_nothing(datasets: Path, tmp_path: Path)
     names = tuple({"id": c["id"], "name": c["name"]} for c in cells["categories"])
     save_weights(tmp_path / "w.safetensors", weights, WeightsInfo(design, names, (96, 128)))
 
-    words = ["eval", "--weights", tmp_path / "w.safetensors", "--data", tmp_path / "cells.json"]
-    words += ["--images", datasets / "bccd/images/val", "--output"]
-    scripts = Path(sys.executable).parent
-    torchrun = [scripts / "torchrun", "--standalone", "--nproc-per-node", "3", "-m"]
-    for launcher, name in ([scripts / "convnext-yolo"], "1"), ([*torchrun, MODULE], "3"):
-        subprocess.run([*launcher, *words, tmp_path / name], check=True, timeout=200)
+    words = ["-m", "convnext_yolo.launch", "eval", "--weights", str(tmp_path / "w.safetensors")]
+    words += ["--data", str(tmp_path / "cells.json")]
+    words += ["--images", str(datasets / "bccd/images/val"), "--output"]
+    for ranks in (1, 3):
+        fork_server.run(ranks, *words, str(tmp_path / str(ranks)))
     assert json.loads((tmp_path / "1").read_text()) == json.loads((tmp_path / "3").read_text())
 
 

@@ -19,10 +19,10 @@ from convnext_yolo.recipes.tracking import read_metrics
 
 from .conftest import STEPS, TinyRun
 from .forkserver import ForkServer
+from .short_runs import TRAIN, train
 
 pytestmark = pytest.mark.process
 WRITES = Path(__file__).with_name("ranks_killed_writing.py")
-MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
 EVERY = 3  # steps between checkpoints
 SECTIONS: dict[str, Any] = {
     "checkpoint": {"every_steps": EVERY, "keep": 2, "keep_best": False},
@@ -36,7 +36,7 @@ def uninterrupted(fork_server: ForkServer, tiny_run: Callable[..., Any]) -> tupl
     """The weights' hash of a run that nobody kills, and the seconds that it takes."""
     run = tiny_run("peace", **SECTIONS)
     started = time.monotonic()
-    fork_server.run(2, *MODULE, str(run.recipe))
+    train(fork_server, run, 2)
     taken_s = time.monotonic() - started
     return run.sha256(), taken_s
 
@@ -44,7 +44,7 @@ def uninterrupted(fork_server: ForkServer, tiny_run: Callable[..., Any]) -> tupl
 def resume(fork_server: ForkServer, run: TinyRun) -> None:
     """Goes on to the end, from the newest published checkpoint."""
     newest = [path.name for path in published(run.folder / "checkpoints")][:1]
-    output = fork_server.run(2, *MODULE, str(run.recipe))
+    output = train(fork_server, run, 2)
     found = re.search(rf"(from|resuming at) step (\d+) of {STEPS}", output)
     assert found, output
     assert int(found[2]) == (int(newest[0].removeprefix("step-")) if newest else 0), output
@@ -69,7 +69,7 @@ def kill_at_moments(
     """Kills a random rank at random moments of as many starts; returns how many hit one alive."""
     hits = 0
     for _ in range(kills):
-        job = fork_server.start(2, *MODULE, str(run.recipe))
+        job = fork_server.start(2, *TRAIN, str(run.recipe))
         # The one sleep that is meant: the moment of the kill. Whatever it hits must do.
         time.sleep(moments.uniform(0, whole_s))
         with contextlib.suppress(ProcessLookupError):

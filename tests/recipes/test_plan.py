@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,12 @@ from convnext_yolo.recipes.plan_memory import Memory, memory, zero_options
 from convnext_yolo.recipes.plan_model import ModelFacts, PeakOfTensors, _peak_bytes, model_facts
 from convnext_yolo.recipes.plan_table import format_plan
 from convnext_yolo.recipes.plan_traffic import Collective, sent_bytes, traffic
+
+from .forkserver import ForkServer
+
+MEASURED, ONE_OF_MANY = (
+    str(Path(__file__).with_name(name)) for name in ("ranks_measured.py", "rank_of_many.py")
+)
 
 # Precision and stage of what is measured on so many ranks; bf16 changes nothing at stage 0.
 FP32 = tuple(f"fp32:{stage}" for stage in range(4))
@@ -83,39 +85,13 @@ def planned(file: Path, world: int, case: str) -> tuple[Memory, list[Collective]
     return memory(facts, zero, world, 2, moments=2), traffic(facts, zero, world, 2)
 
 
-def run_ranks(script: str, world: int, *words: object) -> None:
-    """Runs a script beside this file on some CPU ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, words)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-
-
 @pytest.mark.process
 @pytest.mark.timeout(600)  # minutes, where the cores are busy
 @pytest.mark.parametrize("world", CASES)
-def test_formulas_hold_for_real_ranks(world: int, small_recipe: Path, tmp_path: Path) -> None:
-    run_ranks("ranks_measured.py", world, tmp_path, small_recipe, *CASES[world])
+def test_formulas_hold_for_real_ranks(
+    fork_server: ForkServer, world: int, small_recipe: Path, tmp_path: Path
+) -> None:
+    fork_server.run(world, MEASURED, str(tmp_path), str(small_recipe), *CASES[world])
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     for number, case in enumerate(CASES[world]):
         measured = [rank[number] for rank in ranks]
@@ -139,7 +115,7 @@ def test_formulas_hold_for_real_ranks(world: int, small_recipe: Path, tmp_path: 
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_step_as_one_of_1024_ranks(stage: int, tmp_path: Path) -> None:
+def test_a_step_as_one_of_1024_ranks(fork_server: ForkServer, stage: int, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     sections = {
         "model": {"backbone": {"name": "convnext_tiny"}},
@@ -147,7 +123,7 @@ def test_a_step_as_one_of_1024_ranks(stage: int, tmp_path: Path) -> None:
         "optimizer": {"layer_decay": 0.8},
     }
     file.write_text(yaml.safe_dump(sections))
-    run_ranks("rank_of_many.py", 1, tmp_path / "held.json", file, 1024, stage)
+    fork_server.run(1, ONE_OF_MANY, str(tmp_path / "held.json"), str(file), "1024", str(stage))
     found = json.loads((tmp_path / "held.json").read_text())
     assert found["was_applied"] and found["loss"] > 0
     words = ["--deepspeed.stage", str(stage), "--batch.global", "1024", "--batch.micro", "1"]

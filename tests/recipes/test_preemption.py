@@ -16,10 +16,15 @@ from convnext_yolo.recipes.preemption import SIGNALS, StopRequest
 from convnext_yolo.recipes.tracking import read_metrics
 
 from .conftest import STEPS, TinyRun, processes_with
-from .forkserver import ForkServer, Job
+from .forkserver import ForkServer
+from .short_runs import TRAIN, train, wait_for_step
 
 EVALUATING = str(Path(__file__).with_name("ranks_stopped_evaluating.py"))
-MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
+# Six batches for each of two ranks.
+EVALUATIONS = {
+    "evaluation": {"every_epochs": 1, "batch": 2},
+    "checkpoint": {"every_steps": 1000},
+}
 FOR_EVER = {"epochs": 1000, "warmup_epochs": 1}
 
 
@@ -46,13 +51,6 @@ def test_a_closed_terminal_does_not_end_what_runs_under_nohup() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def wait_for_step(run: TinyRun, step: int, job: Job | None = None) -> None:
-    deadline_s = time.monotonic() + 200
-    while max((r["step"] for r in read_metrics(run.folder)), default=0) < step:
-        assert time.monotonic() < deadline_s, job.output if job else "no step in time"
-        time.sleep(0.01)  # between two looks
-
-
 def last_step(run: TinyRun) -> int:
     return int(max(r["step"] for r in read_metrics(run.folder) if r["kind"] == "train"))
 
@@ -65,7 +63,7 @@ def test_one_rank_is_asked_and_all_save_the_same_step(
     """The exit code is the scheduler's, where the recipe names one; the run goes on from there."""
     sections = {"every_steps": 1000, "stop_exit_code": 99 if number == signal.SIGUSR1 else 0}
     run = tiny_run(f"stopped-{number.name}", schedule=FOR_EVER, checkpoint=sections)
-    job = fork_server.start(2, *MODULE, str(run.recipe))
+    job = fork_server.start(2, *TRAIN, str(run.recipe))
     wait_for_step(run, 2, job)
     os.kill(job.processes[1], number)
     codes = job.wait()
@@ -77,25 +75,30 @@ def test_one_rank_is_asked_and_all_save_the_same_step(
     assert "stopped by a signal" in job.output and f"step {saved.step} is saved" in job.output
     assert "Traceback" not in job.output
 
-    end = ["--schedule.epochs", str((saved.step + 2) / 9)]
-    output = fork_server.run(2, *MODULE, str(run.recipe), *end)
+    output = train(fork_server, run, 2, "--schedule.epochs", str((saved.step + 2) / 9))
     assert f"resuming at step {saved.step} of {saved.step + 2}" in output
+
+
+@pytest.fixture(scope="module")
+def evaluated(fork_server: ForkServer, tiny_run: Callable[..., TinyRun]) -> TinyRun:
+    """A run with two evaluations that nobody breaks off."""
+    run = tiny_run("evaluated", **EVALUATIONS)
+    train(fork_server, run, 2)
+    return run
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("where", "rank"), [("batch", "1"), ("metrics", "0")])
 def test_an_evaluation_is_broken_off_and_made_up_for(
-    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], where: str, rank: str
+    fork_server: ForkServer,
+    tiny_run: Callable[..., TinyRun],
+    evaluated: TinyRun,
+    where: str,
+    rank: str,
 ) -> None:
     """In the first evaluation, after step 9 of 12; and in the last, after which nothing else is."""
-    sections = {
-        "evaluation": {"every_epochs": 1, "batch": 4},
-        "checkpoint": {"every_steps": 1000},
-    }
-    whole = tiny_run(f"evaluated-{where}", **sections)
-    fork_server.run(2, *MODULE, str(whole.recipe))
     for epochs, stop_step in ((STEPS / 9, 9), (0.67, 6)):
-        run = tiny_run(f"broken-off-{where}-{stop_step}", **sections)
+        run = tiny_run(f"broken-off-{where}-{stop_step}", **EVALUATIONS)
         schedule = ["--schedule.epochs", str(epochs)]
         job = fork_server.start(2, EVALUATING, where, rank, str(run.recipe), *schedule)
         assert job.wait() == [0, 0], job.output
@@ -104,19 +107,19 @@ def test_an_evaluation_is_broken_off_and_made_up_for(
         assert not saved.state["finished"]
         assert [r for r in read_metrics(run.folder) if r["kind"] == "val"] == []
 
-        fork_server.run(2, *MODULE, str(run.recipe), *schedule)
-        evaluated = [r["step"] for r in read_metrics(run.folder) if r["kind"] == "val"]
-        assert evaluated == sorted({stop_step, round(epochs * 9)})
+        train(fork_server, run, 2, *schedule)
+        steps = [r["step"] for r in read_metrics(run.folder) if r["kind"] == "val"]
+        assert steps == sorted({stop_step, round(epochs * 9)})
         last = load_checkpoint(published(run.folder / "checkpoints")[0])
         assert last.state["finished"] and last.state["evaluated_step"] == last.step
         if epochs == STEPS / 9:
-            assert run.sha256() == whole.sha256()
+            assert run.sha256() == evaluated.sha256()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("launcher", ["deepspeed", "launch local", "torchrun"])
 def test_sigterm_to_the_front_process_leaves_nobody(
-    tiny_run: Callable[..., TinyRun], launcher: str
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], launcher: str
 ) -> None:
     """Also to `deepspeed`, which dies at once and leaves its ranks to themselves."""
     name = launcher.replace(" ", "-")
@@ -133,5 +136,5 @@ def test_sigterm_to_the_front_process_leaves_nobody(
     [newest] = published(run.folder / "checkpoints")
     saved = load_checkpoint(newest)
     assert saved.step == last_step(run)
-    output = run.run("alone", "--schedule.epochs", str((saved.step + 1) / 9))
+    output = train(fork_server, run, 1, "--schedule.epochs", str((saved.step + 1) / 9))
     assert re.search(rf"resuming at step {saved.step} of {saved.step + 1} ", output), output

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from .forkserver import ForkServer
+from .short_runs import TRAIN
+
 pytestmark = pytest.mark.process
+NO_PROXY = {"no_proxy": "127.0.0.1"}  # the fork server is older than `serve_shards`
 
 
 @pytest.fixture
@@ -35,32 +39,30 @@ def far_run(
     return make
 
 
-def test_a_run_goes_on_when_the_server_is_back(far_run: Callable[..., Any]) -> None:
+def test_a_run_goes_on_when_the_server_is_back(
+    fork_server: ForkServer, far_run: Callable[..., Any]
+) -> None:
     run, server = far_run("back", 100)
-    process = run.start("alone")
-    output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("training"):
-            server.kill()
-        elif line.startswith("waiting for 127.0.0.1"):
-            server.start()
-    assert process.wait() == 0, output
-    assert output.count("waiting for") == output.count("answers again") == 1
-    assert "AP" in output.partition("answers again")[2]
-
-
-def test_a_run_ends_when_the_server_stays_away(far_run: Callable[..., Any]) -> None:
-    run, server = far_run("gone", 2)
-    process = run.start("alone")
-    output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("training"):
-            server.kill()
-    assert process.wait() == 2, output
-    assert "Traceback" not in output
-    sentence = f"convnext-yolo train: error: 127.0.0.1:{server.port} has not answered for 2 s ("
-    assert output.splitlines()[-1].startswith(sentence)
+    job = fork_server.start(1, *TRAIN, str(run.recipe), **NO_PROXY)
+    job.wait_for_line("training")
+    server.kill()
+    job.wait_for_line("waiting for 127.0.0.1")
     server.start()
-    assert "resuming at step 8" in run.run("alone")
+    assert job.wait() == [0], job.output
+    assert job.output.count("waiting for") == job.output.count("answers again") == 1
+    assert "AP" in job.output.partition("answers again")[2]
+
+
+def test_a_run_ends_when_the_server_stays_away(
+    fork_server: ForkServer, far_run: Callable[..., Any]
+) -> None:
+    run, server = far_run("gone", 2)
+    job = fork_server.start(1, *TRAIN, str(run.recipe), **NO_PROXY)
+    job.wait_for_line("training")
+    server.kill()
+    assert job.wait() == [2], job.output
+    assert "Traceback" not in job.output
+    sentence = f"convnext-yolo train: error: 127.0.0.1:{server.port} has not answered for 2 s ("
+    assert job.output.splitlines()[-1].startswith(sentence)
+    server.start()
+    assert "resuming at step 8" in fork_server.run(1, *TRAIN, str(run.recipe), **NO_PROXY)

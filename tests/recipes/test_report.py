@@ -200,7 +200,7 @@ def test_truth_is_on_the_left_and_predictions_are_on_the_right(
     assert len(figure.axes) == 4
     assert [axes.get_title() for axes in figure.axes] == ["Ground truth", "Predictions"] * 2
     predictor = Predictor.load(weights)
-    for i, position in enumerate((18, 54)):  # the middles of two halves of the 72
+    for i, position in enumerate((6, 18)):  # the middles of two halves of the 24
         sample = reader.decode(position)
         (found,) = predictor([sample.image])
         left, right = figure.axes[2 * i : 2 * i + 2]

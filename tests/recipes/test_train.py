@@ -1,6 +1,7 @@
 """The training run in real processes: launchers, a kill and a resume, both designs and optimizers.
 
-Stages, ranks, kills at other moments and signals have files of their own.
+Stages, ranks, kills at other moments and signals have files of their own. What launchers start is
+held against ranks of the fork server.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import pytest
 from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 
 from .forkserver import ForkServer
+from .short_runs import kill_at_step, train
 
 pytestmark = pytest.mark.process
-MODULE = ("-m", "convnext_yolo.launch", "train", "--config")
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_run: Callable[..., Any]) -> Any:
-    """An uninterrupted run: two ranks, ZeRO-2, the deepspeed launcher."""
+def whole(fork_server: ForkServer, tiny_run: Callable[..., Any]) -> Any:
+    """An uninterrupted run: two ranks, ZeRO-2, no launcher."""
     run = tiny_run("whole")
-    run.run("deepspeed")
+    train(fork_server, run, 2)
     return run
 
 
@@ -34,7 +35,10 @@ def resumed_at(output: str) -> int:
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole: Any, tiny_run: Callable[..., Any]) -> None:
-    """SIGKILL to every process in the middle, `--resume auto`: bit-equal to never killed."""
+    """SIGKILL to every process of the deepspeed launcher in the middle, then `--resume auto`.
+
+    Both parts, of all steps, are bit-equal to what was never killed.
+    """
     killed = tiny_run("killed")
     killed.kill_after("deepspeed", step=6)
     assert resumed_at(killed.run("deepspeed", "--resume", "auto")) in (4, 8)
@@ -60,13 +64,13 @@ def test_ours_trains_the_same_whole_and_partitioned(
     }
     options = {"model": model, "optimizer": {"lr": 1e-3, "layer_decay": 0.8}}
     alone = tiny_run("ours-alone", deepspeed={"stage": 0}, **options)
-    fork_server.run(1, *MODULE, str(alone.recipe))
+    train(fork_server, alone, 1)
     parted = tiny_run("ours-parted", deepspeed={"stage": 3}, **options)
-    fork_server.run(2, *MODULE, str(parted.recipe))
+    train(fork_server, parted, 2)
     for found, want in zip(parted.losses(), alone.losses(), strict=True):
         assert found == pytest.approx(want, rel=1e-4, abs=1e-4)
     mixed = tiny_run("ours-bf16", deepspeed={"stage": 1, "precision": "bf16"}, **options)
-    fork_server.run(1, *MODULE, str(mixed.recipe))
+    train(fork_server, mixed, 1)
     for found, want in zip(mixed.losses(), alone.losses(), strict=True):
         assert found == pytest.approx(want, rel=0.05, abs=0.05)
 
@@ -81,9 +85,9 @@ def test_sgd_and_layer_decay_resume_too(
         "schedule": {"epochs": 12 / 9, "warmup_epochs": 0.3, "decay": "linear"},
     }
     uninterrupted, killed = tiny_run("sgd", **sections), tiny_run("sgd-killed", **sections)
-    fork_server.run(1, *MODULE, str(uninterrupted.recipe))
-    killed.kill_after("alone", step=6)
-    assert resumed_at(fork_server.run(1, *MODULE, str(killed.recipe))) in (4, 8)
+    train(fork_server, uninterrupted, 1)
+    kill_at_step(fork_server, killed, 6)
+    assert resumed_at(train(fork_server, killed, 1)) in (4, 8)
     assert killed.sha256() == uninterrupted.sha256()
     checkpoint = load_checkpoint(published(killed.folder / "checkpoints")[0])
     assert {name.split("/")[0] for name in checkpoint.tensors} == {
@@ -93,14 +97,24 @@ def test_sgd_and_layer_decay_resume_too(
     }
 
 
-@pytest.mark.parametrize("launcher", ["alone", "torchrun", "accelerate"])
+def check_same_losses(ours: Any, theirs: Any) -> None:
+    for step, (found, want) in enumerate(zip(ours.losses(), theirs.losses(), strict=True)):
+        assert found == pytest.approx(want, abs=1e-4), f"step {step + 1}"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_train_the_same(whole: Any, tiny_run: Callable[..., Any], launcher: str) -> None:
-    """The same recipe under every launcher, and alone with twice the accumulation."""
+    """The same recipe under every launcher."""
     run = tiny_run(launcher)
-    output = run.run(launcher)
-    expected = "micro-batch 2 x 4 x 1" if launcher == "alone" else "micro-batch 2 x 2 x 2"
-    assert f"global batch 8 = {expected}" in output
-    for step, (ours, theirs) in enumerate(zip(run.losses(), whole.losses(), strict=True)):
-        assert ours == pytest.approx(theirs, abs=1e-4), f"step {step + 1}"
-    if launcher != "alone":
-        assert run.sha256() == whole.sha256()
+    assert "global batch 8 = micro-batch 2 x 2 x 2" in run.run(launcher)
+    check_same_losses(run, whole)
+    assert run.sha256() == whole.sha256()
+
+
+def test_one_rank_trains_the_same(
+    fork_server: ForkServer, whole: Any, tiny_run: Callable[..., Any]
+) -> None:
+    """With twice the accumulation."""
+    run = tiny_run("alone")
+    assert "global batch 8 = micro-batch 2 x 4 x 1" in train(fork_server, run, 1)
+    check_same_losses(run, whole)
