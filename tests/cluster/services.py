@@ -6,6 +6,7 @@ that plain `ssh nodeB`, `pdsh` and `sbatch` work with no option.
 
 from __future__ import annotations
 
+import re
 import secrets
 import subprocess
 from collections.abc import Sequence
@@ -29,7 +30,12 @@ SLURM_PACKAGES = {
     "srun": "slurm-client",
 }
 # as their command lines begin
-DAEMONS = ("sshd", "slurmstepd", *(str(program) for program in (SSHD, MUNGED, SLURMCTLD, SLURMD)))
+DAEMONS = (
+    "sshd",
+    "slurmstepd",
+    "slurmctld:",
+    *(str(program) for program in (SSHD, MUNGED, SLURMCTLD, SLURMD)),
+)
 SSH_PORT, SLURMCTLD_PORT, SLURMD_PORT = 22, 6817, 6818
 
 _SSH_CONFIG = """\
@@ -80,6 +86,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdParameters=config_overrides
+DebugFlags=NO_CONF_HASH
+FirstJobId=1
 ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=10
@@ -158,12 +166,19 @@ def start_ssh(folder: Path, host: Host) -> None:
     wait_for(lambda: host.listens(SSH_PORT), f"sshd listens on {host.name}")
 
 
+def _skip_job_numbers(config: Path) -> None:
+    """A slurmctld that was killed forgets its last jobs; a slurmd refuses their numbers."""
+    raised = lambda match: f"{match[1]}{int(match[2]) + 1000}"  # noqa: E731
+    config.write_text(re.sub(r"(FirstJobId=)(\d+)", raised, config.read_text()))
+
+
 def start_slurm(folder: Path, host: Host, first: Host) -> None:
     """Starts munge and slurmd, and slurmctld on the first host."""
     log = folder / f"log/munged-{host.name}.log"
     # by default it keeps the seed in a folder that belongs to the user munge
     host.run([MUNGED, f"--log-file={log}", "--seed-file=/run/munge/seed"])
     if host is first:
+        _skip_job_numbers(folder / "etc/slurm/slurm.conf")
         host.run([SLURMCTLD])
         wait_for(lambda: host.listens(SLURMCTLD_PORT), "slurmctld listens")
     host.run([SLURMD])
