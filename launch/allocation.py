@@ -2,13 +2,15 @@
 
 Within a Slurm job, on its first host: srun, under the same supervision as other launchers. Exit
 code 75 (EX_TEMPFAIL) says that a host was lost: the job may go back into the queue, where Slurm
-finds another.
+finds another. A job that has been there before without a checkpoint since has another fault: Slurm
+may end all of a host for want of memory, say, and would do so for ever.
 """
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .parser import Parser, whole_number
 
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = words.index("--")
     options, rest = parser.parse_known_args(words[:end])
 
+    from ..recipes.checkpoint import published
     from ..recipes.config import RecipeError
     from ..recipes.load import load_recipe, recipe_path
     from .command import Command, Ranks
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         recipe = load_recipe([recipe_path(name) for name in options.config], rest)
+        checkpoints = Path(recipe.run) / "checkpoints"
+        before = published(checkpoints)[:1]
         count = int(os.environ.get("SLURM_NTASKS", "0"))
         ranks = Ranks({}, logs_folder(recipe), _hosts(), count)
         outcome = run_once(Command(words[end + 1 :], ranks=ranks), options.stall_s)
@@ -42,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     if outcome.code:
         print(f"convnext-yolo: {outcome.sentence}", file=sys.stderr)
-    return LOST_HOST if outcome.lost_hosts else outcome.code
+    is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    gets_on = is_first or published(checkpoints)[:1] != before
+    return LOST_HOST if outcome.lost_hosts and gets_on else outcome.code
 
 
 def _hosts() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .rank import Rank
 
-TELL_S = 60.0  # then it is told
+TELL_S = 120.0  # then it is told: COCO's metrics alone take a minute
 LIMIT_S = 600  # then the job is ended, unless it was launched with another
 _STATES = {"T": ", its process is stopped", "D": ", it waits for a disk or a file system"}
 

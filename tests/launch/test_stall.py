@@ -33,14 +33,14 @@ def test_it_tells_once_of_a_stall_and_of_its_end(capsys: pytest.CaptureFixture[s
     assert detector.look(ranks, TELL_S + 3) == (ranks[1], "")
     told = capsys.readouterr().err
     assert (
-        "no rank gets on for 60 s: behind is rank 1 on host-1, in step 12 (data) for 62 s" in told
+        "no rank gets on for 120 s: behind is rank 1 on host-1, in step 12 (data) for 122 s" in told
     )
     assert "others in step 12 (communication)" in told and "logs/rank-1.log" in told
     assert detector.look(ranks, TELL_S + 9) == (None, "")
     assert capsys.readouterr().err == ""
     ranks[1].place = Place(38, 12, "forward", TELL_S + 10, "R")
     assert detector.look(ranks, TELL_S + 11) == (None, "")
-    assert "the ranks get on again, after 68 s" in capsys.readouterr().err
+    assert "the ranks get on again, after 128 s" in capsys.readouterr().err
     _, reason = detector.look(ranks, TELL_S + 610)
     assert "no rank got on for 600 s, and this one was behind, in step 12 (forward)" in reason
 

@@ -272,6 +272,14 @@ def test_within_a_slurm_job(
     assert allocation.main([*recipe, "--", *job_words]) == code
     assert says in capfd.readouterr().err
     assert (tmp_path / "logs/rank-1.log").exists()
+    if code != allocation.LOST_HOST:
+        return
+    # once more without a checkpoint, and it is a failure; with one it is not
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert allocation.main([*recipe, "--", *job_words]) not in (0, code)
+    publishes = f"mkdir -p {tmp_path}/checkpoints/step-00000004; {fate}"
+    job_words = job(tmp_path, f"if [ $RANK = 1 ]; then {publishes}; fi; sleep .2").words
+    assert allocation.main([*recipe, "--", *job_words]) == code
 
 
 def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
