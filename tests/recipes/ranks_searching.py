@@ -48,7 +48,9 @@ if __name__ == "__main__":
 
     setattr(micro_batch, "_try", attempt)  # noqa: B010, mypy takes it for a mistake
     if kind == "memory":
-        whole(1, recipe, model, criterion, world.device)  # threads begin, libraries are loaded
+        # Threads begin, libraries are loaded, and every thread has its storage of each of them:
+        # where the C library lacks memory for that it ends the process.
+        whole(recipe.batch.global_size, recipe, model, criterion, world.device)
         limit_memory(int(numbers[0]))
     told: dict[str, Any] = {}
     try:

@@ -30,7 +30,7 @@ SCRIPT = str(Path(__file__).with_name("ranks_searching.py"))
 WORDS = ("--model.backbone.name", "test_convnext", "--data.image_px", "[64, 96]")
 
 
-MIB = "450"
+MIB = "200"
 
 
 def recipe(total: int = 8, *words: str) -> Recipe:
