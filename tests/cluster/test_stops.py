@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -34,6 +34,14 @@ CASES = [
 # Somebody else's: to `pkill -f` it looks like a DeepSpeed launcher of ours.
 SOMEBODYS = "python -u -m deepspeed.launcher.launch --somebody"
 LIVES = ["bash", "-c", f"exec -a '{SOMEBODYS}' sleep 4321"]
+
+
+@pytest.fixture(autouse=True)
+def terminal() -> Iterator[None]:
+    """Under nohup a front would ignore SIGHUP, as it should; pytest may be under it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def check_stopped(cluster: Cluster, job: Job, step: int) -> None:
