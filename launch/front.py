@@ -181,7 +181,7 @@ class Front:
             rank = Rank(number, self.expected.hosts[number], None, now)
             self.ranks.append(rank)
             rank.lose(f"it did not come within {START_S:.0f} s", now)
-        if not self.signals:
+        if not self.signals and self.end_by == float("inf"):
             self._watch_progress(now)
         failures = [rank.ended_s for rank in self._failed()]
         if failures:

@@ -114,7 +114,8 @@ def test_a_rank_that_hangs_is_named(cluster: Cluster, job: Callable[..., Job]) -
     hung.start("--stall-s", "60")
     hung.wait_until_held("step-6")
     processes = b.processes(" train --config")
-    (rank,) = (pid for pid in processes if parent(pid) in processes)  # the other is its guard
+    # Its guard has made it the leader of a session, in which its loader's workers are.
+    (rank,) = (p for p in processes if parent(p) in processes and os.getsid(p) == p)
     os.kill(rank, signal.SIGSTOP)
     hung.release("step-6")
     (code,) = hung.finish(100)

@@ -140,7 +140,9 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(
         supervise.run(lambda lost: Command(words, ranks=ranks), stall_s=6)
     assert "rank 1 on host-b went first: no rank got on for" in str(failure.value)
     assert says in str(failure.value)
-    assert "behind is rank 1 on host-b" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "behind is rank 1 on host-b" in told
+    assert "get on again" not in told  # their end is no progress
     stacks = (tmp_path / "logs/rank-1.log").read_text()
     assert ("reads_for_ever" in stacks) == (hang == "time.sleep(999)")
     assert "reads_for_ever" not in (tmp_path / "logs/rank-0.log").read_text()
