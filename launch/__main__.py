@@ -3,10 +3,10 @@
 import os
 import sys
 
-from .lifeline import FRONT
+from .supervision.lifeline import FRONT
 
 if FRONT in os.environ:  # a rank of a supervised job
-    from .guard import main as guarded
+    from .supervision.guard import main as guarded
 
     sys.exit(guarded(sys.argv[1:]))
 

@@ -8,7 +8,7 @@ from .doctor_commands import ask_about_launch
 from .parser import Commands, Parser, add_command, positive, whole_number
 from .plan_commands import plan_launch
 from .recipe_options import RECIPE_KEYS, add_recipe_options
-from .stall import LIMIT_S
+from .supervision.stall import LIMIT_S
 
 
 def add_launch(commands: Commands) -> None:
@@ -78,7 +78,7 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
             ask_about_launch(options)
         from .command import Command
         from .job import LaunchError
-        from .supervise import run
+        from .supervision.supervise import run
 
         def command(lost: frozenset[str]) -> Command:
             if lost:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .command import Command, File
 from .job import Job, LaunchError, describe_job, given_environment
-from .stall import LIMIT_S
+from .supervision.stall import LIMIT_S
 
 TEMPLATE = Path(__file__).parent / "templates" / "slurm.sbatch"
 MARK = "# From here on there is nothing to change."

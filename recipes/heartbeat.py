@@ -2,8 +2,8 @@
 
 A rank that hangs in a collective, a driver or a file system can't tell of itself. So whatever it
 begins it notes in a few bytes of memory that it shares with the guard beside it
-(`launch/guard.py`), and on SIGUSR2 it prints the stacks of its threads, wherever it hangs. Without
-a guard nothing happens.
+(`launch/supervision/guard.py`), and on SIGUSR2 it prints the stacks of its threads, wherever it
+hangs. Without a guard nothing happens.
 """
 
 import faulthandler

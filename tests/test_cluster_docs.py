@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from convnext_yolo.launch import elastic, front, lifeline, stall
+from convnext_yolo.launch import elastic
 from convnext_yolo.launch.cli import main
 from convnext_yolo.launch.commands import build_parser
 from convnext_yolo.launch.finished import main as finished
 from convnext_yolo.launch.job import HANDED_ON
+from convnext_yolo.launch.supervision import front, lifeline, stall
 from convnext_yolo.recipes.load import load_recipe, recipe_path
 
 ROOT = Path(__file__).resolve().parents[1]

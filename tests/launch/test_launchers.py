@@ -557,7 +557,7 @@ def test_the_slurm_script(
 
 
 def test_run_passes_the_exit_code_on() -> None:
-    from convnext_yolo.launch.supervise import run
+    from convnext_yolo.launch.supervision.supervise import run
 
     with pytest.raises(LaunchError) as failure:
         run(lambda _: Command(["sh", "-c", "exit 7"]))

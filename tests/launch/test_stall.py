@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convnext_yolo.launch import stall, supervise
 from convnext_yolo.launch.command import Command, Ranks
 from convnext_yolo.launch.job import LaunchError
-from convnext_yolo.launch.rank import Place, Rank
-from convnext_yolo.launch.stall import TELL_S, StallDetector, behind
+from convnext_yolo.launch.supervision import stall, supervise
+from convnext_yolo.launch.supervision.rank import Place, Rank
+from convnext_yolo.launch.supervision.stall import TELL_S, StallDetector, behind
 from convnext_yolo.recipes import heartbeat
 from convnext_yolo.recipes.clock import PHASES
 
@@ -117,7 +117,7 @@ LAUNCHER = """
 for RANK in 0 1; do export RANK; "$0" -c "$1" "$2" & done; wait
 """
 GUARD = (
-    "import sys; from convnext_yolo.launch.guard import guard_command; "
+    "import sys; from convnext_yolo.launch.supervision.guard import guard_command; "
     "sys.exit(guard_command([sys.executable, '-c', sys.argv[1]]))"
 )
 

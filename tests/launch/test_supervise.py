@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from convnext_yolo.launch import allocation, guard, supervise
-from convnext_yolo.launch import front as front_module
 from convnext_yolo.launch.command import Command, Ranks
 from convnext_yolo.launch.job import LaunchError
+from convnext_yolo.launch.supervision import allocation, guard, supervise
+from convnext_yolo.launch.supervision import front as front_module
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
 GUARD = (
-    "import sys; from convnext_yolo.launch.guard import guard_command; "
+    "import sys; from convnext_yolo.launch.supervision.guard import guard_command; "
     "sys.exit(guard_command(['bash', '-c', sys.argv[1]]))"
 )
 # A launcher of two ranks that knows nothing: it does not even pass signals on.
@@ -128,7 +128,7 @@ def test_a_guard_that_is_ended_takes_its_rank_along(
 def front(folder: Path, script: str) -> subprocess.Popen[str]:
     """A front process of its own."""
     code = (
-        "from pathlib import Path; from convnext_yolo.launch import supervise; "
+        "from pathlib import Path; from convnext_yolo.launch.supervision import supervise; "
         "from tests_job import job\n"
         "import sys\n"
         f"try: supervise.run(lambda lost: job(Path({str(folder)!r}), {script!r}))\n"

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from .command import Command
+from ..command import Command
+from ..job import LaunchError
 from .front import Front
-from .job import LaunchError
 from .rank import Outcome
 from .stall import LIMIT_S
 

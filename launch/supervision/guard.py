@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from ..recipes import heartbeat
+from ...recipes import heartbeat
 from .lifeline import BEAT_S, FRONT, GIVE_UP_S, JOB, LOGS, LOST_S, STOP_S, Lines
 from .processes import has_ended, kill_group, state
 

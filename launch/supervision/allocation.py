@@ -1,4 +1,4 @@
-"""`python -m convnext_yolo.launch.allocation --config FILE [--key.sub value] -- srun …`.
+"""`python -m convnext_yolo.launch.supervision.allocation --config FILE [--key value] -- srun …`.
 
 Within a Slurm job, on its first host: srun, under the same supervision as other launchers. Exit
 code 75 (EX_TEMPFAIL) says that a host was lost: the job may go back into the queue, where Slurm
@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .parser import Parser, whole_number
+from ..parser import Parser, whole_number
 
 LOST_HOST = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the words after `--` to their end; returns the exit code."""
-    parser = Parser("python -m convnext_yolo.launch.allocation", allow_abbrev=False)
+    parser = Parser("python -m convnext_yolo.launch.supervision.allocation", allow_abbrev=False)
     parser.add_argument("--config", action="append", required=True, metavar="FILE")
     parser.add_argument("--stall-s", type=whole_number, required=True, metavar="S")
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -28,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = words.index("--")
     options, rest = parser.parse_known_args(words[:end])
 
-    from ..recipes.checkpoint import published
-    from ..recipes.config import RecipeError
-    from ..recipes.load import load_recipe, recipe_path
-    from .command import Command, Ranks
-    from .job import LaunchError, logs_folder
+    from ...recipes.checkpoint import published
+    from ...recipes.config import RecipeError
+    from ...recipes.load import load_recipe, recipe_path
+    from ..command import Command, Ranks
+    from ..job import LaunchError, logs_folder
     from .supervise import run_once
 
     try:

@@ -15,9 +15,9 @@ import socket
 import subprocess
 import time
 
-from .addresses import own_address
-from .command import Command, Ranks
-from .job import LaunchError
+from ..addresses import own_address
+from ..command import Command, Ranks
+from ..job import LaunchError
 from .lifeline import BEAT_S, FRONT, LOGS, LOST_S, STOP_S, Lines
 from .processes import any_marked, has_ended, kill_group, kill_marked
 from .rank import Outcome, Rank, first_of
