@@ -26,6 +26,7 @@ from .data import open_shards, training_stream
 from .distributed import World
 from .ema import Ema
 from .engine import batch_plan, build_engine
+from .files import write_whole
 from .guard import Guard
 from .meter import Meter
 from .micro_batch import find_micro_batch
@@ -195,7 +196,6 @@ class Run:
             self.say(f"the recipe has changed since the checkpoint: {change}")
 
     def _start_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
         run_ids = checkpoint.state["tracker_ids"] if checkpoint else {}
         return Tracker(self.recipe, self.folder, self.step, run_ids)

@@ -7,6 +7,7 @@ changes what is computed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .multi_scale import frame_at, rescale
 from .optim import set_hyperparameters, warmup_share
 from .preemption import StopRequest
 from .run import Run
+from .run_lock import sole_writer
 
 
 def train(recipe: Recipe, resume: str = "auto") -> int:
@@ -40,7 +42,7 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
     """
     world = start_world()
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, sole_writer(Path(recipe.run), lambda: stop.asked):
             stopped = train_to_end(Run(recipe, world, resume, stop))
         return recipe.checkpoint.stop_exit_code if stopped else 0
     finally:
@@ -56,7 +58,7 @@ def train_to_end(run: Run) -> bool:
         stopped = not evaluate_now(run)  # it was broken off
         if not stopped:
             save(run)
-    elif run.step == run.total_steps:
+    elif run.step >= run.total_steps:
         run.say(f"the run is finished at step {run.step}; nothing to do")
     while run.step < run.total_steps and not stopped:
         outcome = train_step(run, batches)
@@ -72,7 +74,7 @@ def train_to_end(run: Run) -> bool:
         if run.is_checkpoint_due():
             save(run)
     if run.saved_step != run.step:
-        save(run)
+        save(run, last=True)
     publish(run, last=True)
     if stopped:
         why = f" ({run.stop.reason})" if run.stop.reason else ""
