@@ -51,11 +51,11 @@ def _training(recipe: Path, seed: int, run: Path) -> list[str]:
 
     options = ["--seed", str(seed), "--run", str(run), *KEYS]
     wanted = load_recipe([recipe], options)
-    if is_finished(wanted):
-        print(f"there already: {run}")
-        return []
     before = run / "recipe.yaml"
     same = before.is_file() and before.read_text(encoding="utf-8") == wanted.to_yaml()
+    if same and is_finished(wanted):
+        print(f"there already: {run}")
+        return []
     resume = "auto" if same else "never"
     return [f"launch local --config {recipe}{processes()} --resume {resume} {shlex.join(options)}"]
 

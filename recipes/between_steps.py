@@ -66,13 +66,17 @@ def evaluate_now(run: Run) -> bool:
     return True
 
 
-def save(run: Run) -> None:
-    """Begins a checkpoint of this step on all ranks; `publish` ends it."""
+def save(run: Run, last: bool = False) -> None:
+    """Begins a checkpoint of this step on all ranks; `publish` ends it.
+
+    Raises:
+        CheckpointError: it is synchronous, can't be written, and is the `last`.
+    """
     publish(run)
     heartbeat().beat("checkpoint")
     run.best_ap = max(run.best_ap, run.metrics.get("AP", -1.0))
     run_state: dict[str, Any] = {
-        "finished": run.step == run.total_steps == run.evaluated_step,
+        "steps_per_epoch": run.steps_per_epoch,
         "optimizer_steps": state.optimizer_steps(run.engine),
         "skipped_steps": run.skipped_steps,
         "loss_scale": run.loss_scale.state(),
@@ -86,8 +90,8 @@ def save(run: Run) -> None:
         "best_ap": run.best_ap,
     }
 
-    def write_native(folder: Path) -> None:
-        save_native(run.engine, folder, run.step, run_state)
+    def write_native(folder: Path) -> list[Path]:
+        return save_native(run.engine, folder, run.step, run_state)
 
     run.writer.begin(
         run.step,
@@ -97,7 +101,7 @@ def save(run: Run) -> None:
     )
     run.saved_step = run.step
     if not run.recipe.checkpoint.asynchronous:
-        publish(run)
+        publish(run, last)
 
 
 def publish(run: Run, last: bool = False) -> None:
@@ -144,9 +148,13 @@ def close(run: Run, stopped: bool) -> None:
     """Ends the trackers; those of a run that came to its end may take the final weights."""
     if not run.tracker:
         return
-    if run.recipe.tracking.log_weights and not stopped:
-        run.tracker.log_weights(exported_weights(run.folder))
-    run.tracker.close(lambda: stopped or run.stop.asked)
+    try:
+        if run.recipe.tracking.log_weights and not stopped:
+            run.tracker.log_weights(exported_weights(run.folder))
+    except (OSError, CheckpointError) as error:  # the run itself is complete
+        run.say(f"warning: the final weights can't be handed to the trackers ({error})")
+    finally:
+        run.tracker.close(lambda: stopped or run.stop.asked)
 
 
 def note_corrupt(run: Run, corrupt: list[Corrupt]) -> None:

@@ -6,7 +6,8 @@ split lies there in pieces `NAME@START`, which reading joins.
 
 Invariants:
 1. A folder with the final name is complete: parts and manifest are written and synced in a
-   `.partial` folder, which is then renamed. A kill at any moment leaves the last one loadable.
+   `.partial` folder, which is then renamed. A kill at any moment leaves the last one loadable: one
+   of the same step that is in the way is `.replaced` until then, and counts while it is alone.
 2. Reading trusts hashes, not names: a damaged checkpoint is named and the one before is used.
 3. No pickle: nothing in a checkpoint can execute. (Native DeepSpeed files, which are pickles, may
    lie in it for other tools; they are never read here.)
@@ -29,6 +30,7 @@ from torch import Tensor
 FORMAT = "convnext-yolo checkpoint 3"
 MANIFEST = "manifest.json"
 SPLIT = "split"  # metadata of a part: the whole shapes of what it has pieces of
+REPLACED = ".replaced"  # ends the name of a checkpoint whose step is being published again
 
 
 class CheckpointError(Exception):
@@ -132,8 +134,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def published(folder: Path) -> list[Path]:
     """The published checkpoints of a run, newest first."""
-    names = re.compile(r"step-\d{8,}")
-    return sorted((p for p in folder.glob("step-*") if names.fullmatch(p.name)), reverse=True)
+    names = re.compile(rf"step-\d{{8,}}({re.escape(REPLACED)})?")
+    found = (path for path in folder.glob("step-*") if names.fullmatch(path.name))
+    return sorted(
+        (p for p in found if p.suffix != REPLACED or not p.with_suffix("").exists()), reverse=True
+    )
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -20,7 +20,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from .checkpoint import (
     manifest_sha256,
 )
 from .files import sync_folder, write_synced
-from .retention import LATEST, Retention, set_aside
+from .retention import Retention
 
 PART_BYTES = 64 * 2**20
 
@@ -74,7 +74,8 @@ class _Pending:
     step: int
     state: dict[str, Any]
     partial: Path
-    receipts: dict[str, dict[str, Any]]  # of this rank's parts
+    more: Sequence[Path] = ()  # files that this rank has written besides
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all its files
     error: OSError | None = None
 
 
@@ -108,7 +109,7 @@ class CheckpointWriter:
         step: int,
         entries: Sequence[Entry],
         state: dict[str, Any],
-        write_more: Callable[[Path], None] | None = None,
+        write_more: Callable[[Path], Sequence[Path]] | None = None,
     ) -> None:
         """Copies a checkpoint to host memory and starts writing it.
 
@@ -116,7 +117,8 @@ class CheckpointWriter:
             step: global steps done.
             entries: all tensors; whole ones in the same order on every rank.
             state: what else belongs to it; JSON. "metrics" and "evaluated_step" decide the best.
-            write_more: writes further files into the folder, now and collectively.
+            write_more: writes further files into the folder, now and collectively; returns those
+                of this rank, and raises OSError when all ranks are past its collectives.
 
         Raises:
             CheckpointError: the one before, still pending, could not be published.
@@ -124,18 +126,21 @@ class CheckpointWriter:
         if self.is_pending:
             self.finish()
         partial = self.folder / f"step-{step:08d}.partial"
-        pending = _Pending(step, state, partial, {})
+        pending = _Pending(step, state, partial)
         if dist.get_rank() == 0:
             try:
                 self.retention.clean()
-                partial.mkdir(parents=True)
+                self._make(partial)
             except OSError as error:
                 pending.error = error
         # Also the barrier: nobody writes into a folder that is not there yet.
         is_made = [pending.error is None]
         dist.broadcast_object_list(is_made)
         if write_more and is_made[0]:
-            write_more(partial)
+            try:
+                pending.more = write_more(partial)
+            except OSError as error:
+                pending.error = error
         parts = self._copy(entries)
         self._pending = pending
         self._thread = threading.Thread(target=_write, args=(pending, parts), daemon=True)
@@ -170,6 +175,13 @@ class CheckpointWriter:
             )
         return pending.partial.with_suffix("")
 
+    def _make(self, partial: Path) -> None:
+        """The folders, each known to the one above it."""
+        new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        partial.mkdir(parents=True)
+        for folder in new:
+            sync_folder(folder.parent)
+
     def _copy(self, entries: Sequence[Entry]) -> dict[str, _Part]:
         """This rank's parts in host memory, by file name."""
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -196,10 +208,12 @@ class CheckpointWriter:
         return held.copy_(tensor, non_blocking=True)
 
     def _publish(self, pending: _Pending, parts: dict[str, dict[str, Any]]) -> None:
-        for file in pending.partial.rglob("*"):  # what write_more has left
-            name = str(file.relative_to(pending.partial))
-            if file.is_file() and name not in parts:
-                parts[name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        for path in pending.partial.rglob("*"):  # small ones, which write_more has not named
+            name = str(path.relative_to(pending.partial))
+            if path.is_dir():
+                sync_folder(path)
+            elif name not in parts:
+                parts[name] = _receipt(path)
         for name, part in parts.items():
             size = (pending.partial / name).stat().st_size
             if size != part["bytes"]:
@@ -209,15 +223,7 @@ class CheckpointWriter:
         text = json.dumps(manifest, indent=1, sort_keys=True)
         write_synced(pending.partial / MANIFEST, text)
         sync_folder(pending.partial)
-        final = pending.partial.with_suffix("")
-        # Of this step there is one already where the run came back to it: damaged, or without its
-        # evaluation. Two renames: a kill between them leaves it under the other name.
-        before = set_aside(final) if final.exists() else None
-        pending.partial.rename(final)
-        self.retention.point(LATEST, final.name)
-        if before:
-            shutil.rmtree(before)
-        self.retention.retire(final)
+        self.retention.publish(pending.partial)
 
 
 def _parts(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -239,12 +245,19 @@ def _write(pending: _Pending, parts: dict[str, _Part]) -> None:
         for name, part in parts.items():
             if pending.error is None:
                 pending.receipts[name] = _write_part(pending.partial / name, part)
+        for path in pending.more:
+            pending.receipts[str(path.relative_to(pending.partial))] = _receipt(path)
     except Exception as error:  # a thread has nobody else to tell, and safetensors its own kinds
         pending.error = error if isinstance(error, OSError) else OSError(str(error))
 
 
 def _write_part(path: Path, part: _Part) -> dict[str, Any]:
     save_file(part.tensors, path, {SPLIT: json.dumps(part.split)} if part.split else None)
+    return _receipt(path)
+
+
+def _receipt(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file, once that is safe on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}

@@ -6,6 +6,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, published
 from .config import Recipe
+from .optim import total_steps
 
 # Changing one of these in the middle of a run would break its arithmetic or its stream.
 FIXED = ("seed", "model", "batch.global", "batch.micro", "optimizer.name", "optimizer.freeze")
@@ -46,7 +47,10 @@ def _is_within(key: str, sections: Sequence[str]) -> bool:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the recipe's run has published its last step, under this very recipe."""
+    """Whether the recipe's run has published its last step, with that step's evaluation.
+
+    Then `train` has nothing to do, whatever else has changed in the recipe since.
+    """
     latest = published(Path(recipe.run) / "checkpoints")
     if not latest:
         return False
@@ -54,8 +58,9 @@ def is_finished(recipe: Recipe) -> bool:
         checkpoint = load_checkpoint(latest[0])
     except CheckpointError:
         return False
-    now = with_found_micro_batch(recipe, checkpoint).model_dump(mode="json", by_alias=True)
-    return bool(checkpoint.state["finished"]) and checkpoint.state["recipe"] == now
+    last = total_steps(checkpoint.state["steps_per_epoch"], recipe.schedule)
+    is_evaluated = checkpoint.state["evaluated_step"] == checkpoint.step
+    return checkpoint.step > last or (checkpoint.step == last and is_evaluated)
 
 
 def check_data(checkpoint: Checkpoint, fingerprint: str, shards: str) -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import CheckpointError, open_checkpoint, published
+from .checkpoint import REPLACED, CheckpointError, open_checkpoint, published
 from .files import sync_folder, write_synced
 
 LATEST, BEST = "latest", "best"  # files that hold the name of a checkpoint
@@ -35,6 +35,11 @@ class Retention:
             self._deleting.join()
         for left in self.folder.glob("*.partial"):
             _remove(left)
+        for replaced in self.folder.glob("*" + REPLACED):
+            if replaced.with_suffix("").exists():
+                _remove(replaced)
+            else:  # its successor was never published
+                replaced.rename(replaced.with_suffix(""))
 
     def point(self, pointer: str, name: str) -> None:
         """Makes `latest` or `best` name a checkpoint."""
@@ -42,6 +47,28 @@ class Retention:
         write_synced(partial, name)
         partial.replace(self.folder / pointer)
         sync_folder(self.folder)
+
+    def publish(self, partial: Path) -> Path:
+        """Gives a complete checkpoint its name.
+
+        Of its step there is one already where the run came back to it: damaged, or without its
+        evaluation.
+
+        Raises:
+            OSError: it is not published; what fails later is only told.
+        """
+        final = partial.with_suffix("")
+        replaced = final.rename(final.with_suffix(REPLACED)) if final.exists() else None
+        partial.rename(final)
+        sync_folder(self.folder)
+        try:
+            if replaced:
+                _remove(replaced)
+            self.point(LATEST, final.name)
+            self.retire(final)
+        except OSError as error:
+            print(f"warning: {self.folder}: can't be tidied up ({error})", file=sys.stderr)
+        return final
 
     def retire(self, final: Path) -> None:
         """Keeps the last few up to `final`, which was just published, and the best.

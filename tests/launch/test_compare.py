@@ -26,12 +26,12 @@ def test_a_run_is_begun_gone_on_with_begun_anew_or_left(tmp_path, monkeypatch) -
     (run / "recipe.yaml").write_text(recipe.to_yaml())
     [command] = compare._training(RECIPE, 1, run)
     assert "--resume auto" in command
+    monkeypatch.setattr(resume, "is_finished", lambda wanted: wanted == recipe)
+    assert compare._training(RECIPE, 1, run) == []
     other = load_recipe([RECIPE], ["--seed", "1", "--run", str(run), "--optimizer.lr", "0.1"])
     (run / "recipe.yaml").write_text(other.to_yaml())
     [command] = compare._training(RECIPE, 1, run)
     assert "--resume never" in command
-    monkeypatch.setattr(resume, "is_finished", lambda wanted: wanted == recipe)
-    assert compare._training(RECIPE, 1, run) == []
 
 
 def test_its_recipes_differ_in_the_design_alone() -> None:

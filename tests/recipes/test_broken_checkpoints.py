@@ -22,13 +22,15 @@ def names(run: TinyRun) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in published(run.folder / "checkpoints")]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("asynchronous", {}), ("synchronous", {"asynchronous": False}), ("native", {"native": True})],
+)
 def test_a_disk_that_is_full_for_a_while(
-    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], asynchronous: bool
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], kind: str, options: dict[str, bool]
 ) -> None:
     """The run goes on, the old checkpoint stays, the next one is written."""
-    options = {"every_steps": 4, "keep": 3, "asynchronous": asynchronous}
-    run = tiny_run(f"full-for-a-while-{asynchronous}", checkpoint=options)
+    run = tiny_run(f"full-{kind}", checkpoint={"every_steps": 4, "keep": 3, **options})
     output = fork_server.run(2, FULL_DISK, "2", "2", str(run.recipe))
     assert re.search(
         r"^warning: checkpoint of step 8: can't be written to .*; training goes on$", output, re.M
@@ -37,11 +39,13 @@ def test_a_disk_that_is_full_for_a_while(
     assert not list((run.folder / "checkpoints").glob("*.partial"))
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_stays_full_ends_the_run_cleanly(
-    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], asynchronous: bool
 ) -> None:
     """What is trained can't be kept: a sentence, not 0, and the last checkpoint resumes."""
-    run = tiny_run("full-for-good")
+    options = {"every_steps": 4, "keep": 3, "asynchronous": asynchronous}
+    run = tiny_run(f"full-for-good-{asynchronous}", checkpoint=options)
     job = fork_server.start(2, FULL_DISK, "2", "99", str(run.recipe))
     codes = job.wait()
     assert 2 in codes and 0 not in codes, job.output

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convnext_yolo.recipes import checkpoint_writer
+from convnext_yolo.recipes import checkpoint_writer, retention
 from convnext_yolo.recipes.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -161,6 +162,49 @@ def test_a_full_disk_fails_the_checkpoint_and_nothing_else(
     save(tmp_path, 3)
     found = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 3
+
+
+class Killed(BaseException):
+    """Nothing is done after it, as after SIGKILL."""
+
+
+@pytest.mark.parametrize("point", range(11))
+def test_a_step_that_is_published_again_is_there_at_every_moment(
+    point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an evaluation that was broken off; where it is the only one, too."""
+    save(tmp_path, 2)
+    calls = itertools.count()
+
+    def dies(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == point:
+                raise Killed
+            return call(*arguments, **options)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        for place, name in (
+            *((Path, name) for name in ("rename", "replace", "mkdir", "unlink")),
+            *((checkpoint_writer, name) for name in ("sync_folder", "write_synced")),
+            *((retention, name) for name in ("sync_folder", "write_synced", "_remove")),
+        ):
+            patched.setattr(place, name, dies(getattr(place, name)))
+        try:
+            save(tmp_path, 2)
+        except Killed:
+            assert point < 10
+        else:
+            assert point == 10, "more points than there are"
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+    assert len(found.tensors) == len(entries(2))
+    again = find_checkpoint(tmp_path, "auto")
+    assert again is not None and again.step == 2
+    assert save(tmp_path, 2).name == "step-00000002"
+    assert sorted(path.name for path in tmp_path.glob("[!s]*")) == ["latest"]
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step-00000002"]
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

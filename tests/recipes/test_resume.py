@@ -87,19 +87,25 @@ def test_a_run_that_is_not_there_is_not_finished(tmp_path: Path) -> None:
     assert not is_finished(recipe)
 
 
-def test_a_run_that_searched_its_micro_batch_can_be_finished(tmp_path: Path) -> None:
-    """What it found is in its checkpoint, not in the recipe that is asked about."""
-    asked = load_recipe([], ["--run", str(tmp_path), "--batch.find_micro", "true"])
-    found = load_recipe([], [*("--run", str(tmp_path)), "--batch", "{find_micro: true, micro: 64}"])
-    manifest = {
-        "format": FORMAT,
-        "step": 4,
-        "state": {"finished": True, "recipe": found.model_dump(mode="json", by_alias=True)},
-        "parts": {},
-    }
+@pytest.mark.parametrize(
+    ("words", "evaluated", "finished"),
+    [
+        ([], 8, True),
+        ([], 4, False),  # its last evaluation was broken off
+        (["--tracking.log_every", "5"], 8, True),  # or a job would requeue itself for ever
+        (["--batch.find_micro", "true"], 8, True),  # what was found is in the checkpoint alone
+        (["--schedule.epochs", "2.5"], 8, False),
+        (["--schedule.epochs", "1.5"], 4, True),  # past its end
+    ],
+)
+def test_a_run_is_finished_when_train_has_nothing_to_do(
+    tmp_path: Path, words: list[str], evaluated: int, finished: bool
+) -> None:
+    short = ["--run", str(tmp_path), "--schedule.epochs", "2", *words]
+    state = {"steps_per_epoch": 4, "evaluated_step": evaluated}
+    manifest = {"format": FORMAT, "step": 8, "state": state, "parts": {}}
     manifest["sha256"] = manifest_sha256(manifest)
-    path = tmp_path / "checkpoints" / "step-00000004" / "manifest.json"
+    path = tmp_path / "checkpoints" / "step-00000008" / "manifest.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(manifest))
-    assert is_finished(asked)
-    assert not is_finished(load_recipe([], ["--run", str(tmp_path)]))
+    assert is_finished(load_recipe([], short)) is finished
