@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import time
@@ -32,9 +33,10 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
     Raises:
         RecipeError: another job holds it; on every rank.
     """
-    file, mistake = None, ""
+    file, mistake, is_new = None, "", False
     if dist.get_rank() == 0:
         try:
+            is_new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / NAME).open("a+", encoding="utf-8")
             mistake = _wait(file, folder, stop_asked)
@@ -47,6 +49,8 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
             raise RecipeError(told[0])
         yield
     finally:
+        if is_new and os.listdir(folder) == [NAME]:  # a mistake in the recipe leaves nothing
+            shutil.rmtree(folder, ignore_errors=True)
         if file:
             file.close()
 

@@ -81,6 +81,9 @@ def test_one_that_was_killed_holds_nothing(
         assert "waiting for its end" in capsys.readouterr().err
     with sole_writer(tmp_path / "run", lambda: False):  # nor one that has ended
         pass
+    with sole_writer(tmp_path / "new", lambda: False):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was written into it
 
 
 def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
