@@ -11,6 +11,13 @@ if [ $# -lt 5 ]; then
   echo "usage: $0 HOSTS NUMBER HOST0:PORT PROCESSES RECIPE [--key.sub value ...]" >&2
   exit 2
 fi
+case $3 in
+  *?:[0-9]*) ;;
+  *)
+    echo "$0: $3 is not HOST0:PORT; give it as in node-1:29500" >&2
+    exit 2
+    ;;
+esac
 hosts=$1 number=$2 endpoint=$3 processes=$4 recipe=$5
 shift 5
 bin=${BIN:-$PWD/.venv/bin}
@@ -19,7 +26,7 @@ bin=${BIN:-$PWD/.venv/bin}
 # serves it, and the address by which the others reach this one (that of the way to host 0).
 is_host=0
 if [ "$number" -eq 0 ]; then is_host=1; fi
-host0=$(getent ahosts "${endpoint%:*}" | awk '{ print $1; exit }')
+host0=$(getent ahosts "${endpoint%:*}" | awk '{ print $1; exit }') || true
 if [ -z "$host0" ]; then
   echo "$0: ${endpoint%:*} can't be found from here; give its address" >&2
   exit 2

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import yaml
 
 from convnext_yolo.launch import slurm
 from convnext_yolo.launch.hostfile import read_hostfile
+from convnext_yolo.launch.job import HANDED_ON
 from convnext_yolo.recipes.load import load_recipe, recipe_path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -91,7 +94,14 @@ def test_deepspeed_sh(tmp_path: Path) -> None:
 
     stubs = programs(tmp_path / "bin", deepspeed=f'{PRINTS}; cat "$DS_ENV_FILE" >{tmp_path}/env')
     words = [LAUNCH / "deepspeed.sh", LAUNCH / "hostfile.example", "quickstart"]
-    result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs, NCCL_DEBUG="INFO")
+    mine = {
+        "NCCL_DEBUG": "INFO",
+        "NCCL_P2P_DISABLE": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": 0,
+    }
+    (tmp_path / ".deepspeed_env").write_text("# mine\nMY_SWITCH=1\n\n")
+    result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs, **mine)
     assert result.returncode == 0, result.stderr
     args = runner.parse_args(result.stdout.splitlines()[1:])
     assert sum(runner.fetch_hostfile(args.hostfile).values()) == 8
@@ -99,7 +109,28 @@ def test_deepspeed_sh(tmp_path: Path) -> None:
     assert args.user_args == ["train", *RECIPE]
     lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
     assert lines["NCCL_DEBUG"] == "INFO" and lines["PATH"].startswith(str(stubs))
+    assert (lines["NCCL_P2P_DISABLE"], lines["WANDB_MODE"], lines["MY_SWITCH"]) == (
+        "1",
+        "offline",
+        "1",
+    )
+    assert "WANDB_API_KEY" not in lines
     assert run(words[:1], tmp_path, stubs).returncode == 2
+
+
+def test_deepspeed_sh_hands_on_what_the_launch_does(tmp_path: Path) -> None:
+    names = re.findall(r"^names\+?='(.*)'$", (LAUNCH / "deepspeed.sh").read_text(), re.M)
+    script = set("".join(names).split("|"))
+    # PATH and the threads are set by the script itself
+    assert script | {"PATH", "OMP_NUM_THREADS"} == set(HANDED_ON.pattern.split("|"))
+
+
+def test_deepspeed_sh_with_a_user_in_the_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# ours\nme@n1 slots=2\nme@n2 slots=2\n")
+    stubs = programs(tmp_path / "bin", deepspeed=PRINTS)
+    result = run([LAUNCH / "deepspeed.sh", "hosts", "quickstart"], tmp_path, stubs, BIN=stubs)
+    words = result.stdout.splitlines()
+    assert words[words.index("--master_addr") + 1] == "n1"
 
 
 def test_torchrun_sh(tmp_path: Path) -> None:
@@ -117,6 +148,12 @@ def test_torchrun_sh(tmp_path: Path) -> None:
     first = run([*words[:2], 0, *words[3:]], tmp_path, stubs, BIN=stubs)
     assert "is_host=1" in first.stdout.splitlines()
     assert run(words[:3], tmp_path, stubs, BIN=stubs).returncode == 2
+    for endpoint, says in (
+        ("no-such:29500", "no-such can't be found"),
+        ("n1", "is not HOST0:PORT"),
+    ):
+        wrong = run([*words[:3], endpoint, *words[4:]], tmp_path, stubs, BIN=stubs)
+        assert wrong.returncode == 2 and says in wrong.stderr
 
 
 def test_accelerate_sh(tmp_path: Path) -> None:
@@ -267,6 +304,22 @@ def test_the_dockerfile_copies_what_there_is() -> None:
     for name, rest in instructions:
         if name == "RUN":
             assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0, rest
+
+
+def test_the_layer_of_libraries_can_be_built_without_the_source(tmp_path: Path) -> None:
+    """Of what is there by then, pip must be able to make the package."""
+    text = re.sub(r"^#.*\n|\\\n", "", (LAUNCH / "Dockerfile").read_text(), flags=re.M)
+    before, _, install = text.partition("pip install")
+    assert "'.[train]'" in install.splitlines()[0]
+    [copied] = re.findall(r"^COPY (.*) \./$", before, re.M)
+    for word in copied.split():
+        shutil.copy(ROOT / word, tmp_path)
+    [folders] = re.findall(r"mkdir -p (.*?) *&&", before)
+    for word in folders.split():
+        (tmp_path / word).mkdir(parents=True)
+    words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    assert list(tmp_path.glob("convnext_yolo-*.whl"))
 
 
 def test_the_example_hostfile() -> None:
