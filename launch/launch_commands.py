@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .doctor_commands import ask_about_launch
-from .parser import Commands, Parser, add_command, positive, whole_number
-from .plan_commands import plan_launch
+from .parser import Commands, Parser, add_command, port, positive, whole_number
+from .plan_commands import add_hardware_options, plan_launch
 from .recipe_options import RECIPE_KEYS, add_recipe_options
 from .supervision.stall import LIMIT_S
 
@@ -34,6 +34,7 @@ def _launcher(where: Commands, name: str, text: str, epilog: str = "") -> Parser
         action="store_true",
         help="run nothing: print what the recipe costs on so many ranks, as `plan` does",
     )
+    add_hardware_options(parser.add_argument_group("with --plan"))
     parser.add_argument(
         "--stall-s",
         type=whole_number,
@@ -56,13 +57,13 @@ def _add_env(parser: Parser) -> None:
 
 def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: bool = True) -> None:
     if here:
+        without = ", without hosts that were lost" if parser.get_default("lost") is not None else ""
         parser.add_argument(
             "--max-restarts",
             type=whole_number,
             default=0,
             metavar="N",
-            help="start a job that failed again from its newest checkpoint, without hosts that "
-            "were lost; default 0",
+            help=f"start a job that failed again from its newest checkpoint{without}; default 0",
         )
         parser.add_argument(
             "--no-doctor",
@@ -140,7 +141,7 @@ def _deepspeed(where: Commands) -> None:
         help="with --no-ssh: which host of the hostfile this is, from 0",
     )
     _add_master(parser, "the first host's name in the hostfile")
-    parser.add_argument("--ssh-port", type=positive, metavar="N", help="default: ssh's own")
+    parser.add_argument("--ssh-port", type=port, metavar="N", help="default: ssh's own")
     _add_env(parser)
     parser.set_defaults(lost=frozenset())
 
@@ -167,7 +168,7 @@ def _add_master(parser: Parser, default: str) -> None:
         "--master-addr", metavar="HOST", help=f"where the ranks meet; default: {default}"
     )
     parser.add_argument(
-        "--master-port", type=positive, default=29500, metavar="N", help="default 29500"
+        "--master-port", type=port, default=29500, metavar="N", help="default 29500"
     )
 
 
@@ -209,7 +210,7 @@ def _slurm(where: Commands) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help='further options of sbatch, as --sbatch="--constraint=a100"; may be given again',
+        help="further options of sbatch, as --sbatch=--exclusive; may be given again",
     )
     _add_env(parser)
 

@@ -85,9 +85,12 @@ def deepspeed(
     Raises:
         LaunchError, RecipeError: a mistake, in one sentence.
     """
-    hosts = {k: n for k, n in read_hostfile(hostfile).items() if k not in lost}
+    named = read_hostfile(hostfile)
+    hosts = {k: n for k, n in named.items() if k not in lost}
     if not hosts:
         raise LaunchError(f"hostfile {hostfile}: all its hosts are lost")
+    if next(iter(named)) in lost:  # the address that was given is that host's
+        master_address = None
     job = describe_job(
         configs,
         resume,
@@ -115,7 +118,8 @@ def deepspeed(
             )
         words += ["--no_ssh", "--node_rank", str(node_rank)]
         first = sum(list(hosts.values())[:node_rank])
-        mine = {first + k: "localhost" for k in range(hosts[list(hosts)[node_rank]])}
+        here = list(hosts)[node_rank]
+        mine = {first + k: here for k in range(hosts[here])}
         return Command(
             [*words, *_ranks(job.train_words)],
             given_environment(env, os.environ),

@@ -39,6 +39,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The type of an option that is a TCP port."""
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
+    return int(text)
+
+
 def whole_number(text: str) -> int:
     """The type of an option that may be none at all."""
     if not text.isdecimal():

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +42,14 @@ def _plan(commands: Commands) -> None:
         metavar="N",
         help="numbers of GPUs, default 1 2 4 … 1024",
     )
-    _hardware_options(parser)
+    add_hardware_options(parser)
+    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default 8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.set_defaults(takes_recipe_keys=True, run_command=_run)
 
 
-def _hardware_options(parser: Parser) -> None:
+def add_hardware_options(parser: Parser) -> None:
+    """Adds the figures of GPU and network that a plan is made for."""
     parser.add_argument(
         "--gpu-tflops",
         type=_above_zero,
@@ -76,7 +78,6 @@ def _hardware_options(parser: Parser) -> None:
         metavar="X",
         help="Gbit/s one way of a GPU to its node's others, default 2400 (A100, NVLink)",
     )
-    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default 8")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -86,8 +87,7 @@ def _run(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     if options.json:
         check_writable(options.json)
-    hardware = {name: getattr(options, name) for name in HARDWARE}
-    plan = _print_plan(recipe, options.gpus, hardware, options.gpus_per_node)
+    plan = _print_plan(recipe, options.gpus, options, options.gpus_per_node)
     if options.json:
         write_whole(options.json, json.dumps(plan.as_record(), indent=2) + "\n")
 
@@ -99,7 +99,7 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 
 def _print_plan(
-    recipe: "Recipe", gpus: Collection[int], hardware: Mapping[str, float], gpus_per_node: int
+    recipe: "Recipe", gpus: Collection[int], options: argparse.Namespace, gpus_per_node: int
 ) -> "Plan":
     # DeepSpeed is asked for its defaults alone; without a GPU it would warn that it found none.
     import torch
@@ -109,6 +109,7 @@ def _print_plan(
     from ..recipes.plan import Hardware, make_plan
     from ..recipes.plan_table import format_plan
 
+    hardware = {name: getattr(options, name) for name in HARDWARE}
     nodes = Hardware(gpus_per_node=gpus_per_node, **hardware)
     plan = make_plan(recipe, sorted(set(gpus)), nodes)
     print(format_plan(plan))
@@ -122,17 +123,23 @@ def plan_launch(options: argparse.Namespace) -> None:
         options: of any launcher.
 
     Raises:
-        LaunchError, RecipeError: a mistake in the hostfile or the recipe, in one sentence.
+        LaunchError, RecipeError: a mistake in the hostfile or the recipe, or ranks that do not
+            share the batch, in one sentence.
     """
+    from .job import check_shares
+
     recipe = _recipe(options)
     slots = _slots(options, recipe)
     ranks, most = sum(slots), max(slots)
+    check_shares(recipe, ranks, "this launch")
     print(f"this launch: {ranks} rank(s) on {len(slots)} host(s), at most {most} on one\n")
-    _print_plan(recipe, {*GPUS, ranks}, HARDWARE, most)
+    _print_plan(recipe, {*GPUS, ranks}, options, most)
     words = [word for name in options.config for word in ("--config", name)]
     words += [*options.rest, "--gpus", str(ranks), "--gpus-per-node", str(most)]
-    figures = ", ".join(f"--{name.replace('_', '-')}" for name in HARDWARE)
-    print(f"\nfor other figures ({figures}): convnext-yolo plan {shlex.join(words)}")
+    for name, usual in HARDWARE.items():
+        figure = getattr(options, name)
+        words += [f"--{name.replace('_', '-')}", f"{figure:g}"] if figure != usual else []
+    print(f"\nfor other numbers of GPUs: convnext-yolo plan {shlex.join(words)}")
 
 
 def _slots(options: argparse.Namespace, recipe: "Recipe") -> Sequence[int]:

@@ -88,16 +88,22 @@ def _directives(job: Job, allocation: Allocation) -> list[str]:
         f"--cpus-per-task={cpus}",
     ]
     lines += [f"--gpus-per-node={gpus}"] if gpus else []
+    limit_s = allocation.time and _seconds(allocation.time)
+    if limit_s and allocation.warning_s >= limit_s:
+        raise LaunchError(
+            f"--warning-s {allocation.warning_s}: is not shorter than --time {allocation.time}, "
+            "so that every start would only stop again; give a longer time, or a later warning"
+        )
     for option in ("time", "partition", "account"):
         value = getattr(allocation, option)
-        lines += [f"--{option}={value}"] if value else []
+        lines += [f"--{option}={_quoted(value)}"] if value else []
     lines += [
         "--requeue",
         f"--signal=USR1@{allocation.warning_s}",
         "--open-mode=append",
         f"--chdir={_quoted(str(Path.cwd()))}",
         f"--output={_quoted(folder + '/slurm-%j.log')}",
-        *allocation.more,
+        *map(_quoted_option, allocation.more),
     ]
     for line in lines:
         if "\n" in line or not line.startswith("-"):
@@ -107,8 +113,28 @@ def _directives(job: Job, allocation: Allocation) -> list[str]:
     return lines
 
 
+def _seconds(time: str) -> int:
+    """A time limit as sbatch takes it: MIN, MIN:S, H:MIN:S, D-H, D-H:MIN, D-H:MIN:S; 0 is none."""
+    if time.lower() in ("infinite", "unlimited"):
+        return 0
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise LaunchError(f"--time {time!r}: is no time limit; give it as 24:00:00 or 1-12")
+    days, *rest = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # without days or hours they are minutes
+        rest = [0, *rest[:2]]
+    hours, minutes, seconds = rest
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _quoted_option(option: str) -> str:
+    """`--name=value` with its value between quotes, where it needs them and has none."""
+    name, equals, value = option.partition("=")
+    return option if '"' in value or "'" in value else name + equals + _quoted(value)
+
+
 def _quoted(value: str) -> str:
     """sbatch reads quotes as a shell does, but for the escapes within."""
     if '"' in value or "\n" in value:
-        raise LaunchError(f"{value!r}: sbatch can't be told this path; use one without quotes")
+        raise LaunchError(f"{value!r}: sbatch can't be told this; use something without quotes")
     return f'"{value}"' if re.search(r"[^\w@+=:,./%-]", value) else value

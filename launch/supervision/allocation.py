@@ -3,7 +3,8 @@
 Within a Slurm job, on its first host: srun, under the same supervision as other launchers. Exit
 code 75 (EX_TEMPFAIL) says that a host was lost: the job may go back into the queue, where Slurm
 finds another. A job that has been there before without a checkpoint since has another fault: Slurm
-may end all of a host for want of memory, say, and would do so for ever.
+may end all of a host for want of memory, say, and would do so for ever. Nor does one go back that
+was stopped, at its time limit, say, before it had published anything new.
 """
 
 import os
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ...recipes.checkpoint import published
     from ...recipes.config import RecipeError
     from ...recipes.load import load_recipe, recipe_path
+    from ...recipes.resume import is_finished
     from ..command import Command, Ranks
     from ..job import LaunchError, logs_folder
     from .supervise import run_once
@@ -47,9 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     if outcome.code:
         print(f"convnext-yolo: {outcome.sentence}", file=sys.stderr)
+    has_published = published(checkpoints)[:1] != before
     is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-    gets_on = is_first or published(checkpoints)[:1] != before
-    return LOST_HOST if outcome.lost_hosts and gets_on else outcome.code
+    if outcome.lost_hosts and (has_published or is_first):
+        return LOST_HOST
+    if not outcome.code and not has_published and not is_finished(recipe):
+        print(
+            "convnext-yolo: stopped before anything new was published, so the job does not go back "
+            "into the queue; give it a longer --time, or an earlier warning (--warning-s)",
+            file=sys.stderr,
+        )
+        return 1
+    return outcome.code
 
 
 def _hosts() -> tuple[str, ...]:

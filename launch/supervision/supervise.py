@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from ...recipes.config import RecipeError
 from ..command import Command
 from ..job import LaunchError
 from .front import Front
@@ -46,7 +47,11 @@ def run(
             break
         lost |= outcome.lost_hosts
         print(f"{outcome.sentence}; restart {restart + 1} of {max_restarts}", file=sys.stderr)
-        command = render(lost)
+        try:
+            command = render(lost)
+        except (LaunchError, RecipeError) as error:  # fewer hosts may not share the batch
+            again = f"{outcome.sentence}; it can't be started again: {error}"
+            raise LaunchError(again, outcome.code) from None
     raise LaunchError(outcome.sentence, outcome.code)
 
 

@@ -211,7 +211,7 @@ def test_a_dry_run_is_a_script_and_writes_nothing(
         (["local", "--processes", "4"], 4, 1, 4),
         (["deepspeed", "--hostfile", "HOSTFILE"], 4, 2, 2),
         (["deepspeed", "--hostfile", "HOSTFILE", "--no-ssh"], 4, 2, 2),
-        (["slurm", "--nodes", "3", "--processes-per-node", "2"], 6, 3, 2),
+        (["slurm", "--nodes", "4", "--processes-per-node", "2"], 8, 4, 2),
         (["torchrun", "--nodes", "2", "--processes-per-node", "4"], 8, 2, 4),
         (["accelerate", "--nodes", "2", "--processes-per-node", "4"], 8, 2, 4),
     ],
@@ -230,20 +230,72 @@ def test_a_plan_of_this_very_launch(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     words = [str(hostfile) if word == "HOSTFILE" else word for word in words]
     keys = ["--batch.micro", "2", "--run", str(tmp_path / "a run")]
-    assert main(["launch", *words, "--config", "quickstart", *keys, "--plan"]) == 0
+    figures = ["--gpu-tflops", "989", "--network-gbit", "400"]
+    words = [*words, "--config", "quickstart", *keys, *figures, "--plan"]
+    assert main(["launch", *words]) == 0
     printed = capsys.readouterr().out
     each = f"at most {most} on one"
     assert printed.startswith(f"this launch: {ranks} rank(s) on {hosts} host(s), {each}\n")
     named = shlex.split(printed.rpartition(": convnext-yolo ")[2])
     assert named == [
         *("plan", "--config", "quickstart", *keys),
-        *("--gpus", str(ranks), "--gpus-per-node", str(most)),
+        *("--gpus", str(ranks), "--gpus-per-node", str(most), *figures),
     ]
     assert main(named) == 0
     lines = capsys.readouterr().out.splitlines()
     [row] = [line for line in lines if re.match(rf" +{ranks} +(\d|-)", line) and "*" not in line]
     assert row in printed.splitlines() and re.search(r"^ +1024 ", printed, re.M)
     assert lines[-1] in printed and not (tmp_path / "a run").exists()
+
+
+def test_a_plan_of_ranks_that_do_not_share_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--batch.global", "6", "--batch.micro", "1"]
+    words = ["torchrun", "--processes-per-node", "4", "--config", "quickstart", *keys]
+    assert main(["launch", *words, "--plan"]) == 2
+    assert "this launch: batch.global = 6 makes 6 micro-batches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:10", 7210),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("1-2:30:05", 95405),
+        ("UNLIMITED", 0),
+    ],
+)
+def test_time_limits_as_slurm_reads_them(time: str, seconds: int) -> None:
+    assert slurm._seconds(time) == seconds
+
+
+def test_what_has_spaces_is_quoted_for_sbatch(tmp_path: Path) -> None:
+    more = ("--comment=a b", '--mail-user="c d"', "--exclusive")
+    asked = slurm.Allocation(partition="gpu nodes", more=more)
+    script = slurm.slurm(["quickstart"], "auto", ["--run", str(tmp_path)], asked).files[1].text
+    for line in ('--comment="a b"', '--mail-user="c d"', "--exclusive", '--partition="gpu nodes"'):
+        assert f"#SBATCH {line}\n" in script
+
+
+def test_the_address_of_a_lost_first_host_is_dropped(tmp_path: Path, hostfile: Path) -> None:
+    """A restart has another first host, and the ranks meet there."""
+    keys = ["--run", str(tmp_path), "--batch.global", "8", "--batch.micro", "1"]
+    first, second = read_hostfile(hostfile)
+    for lost, address in (([], "10.1.0.1"), ([second], "10.1.0.1"), ([first], "host-b")):
+        command = launchers.deepspeed(
+            ["quickstart"], "auto", keys, hostfile, master_address="10.1.0.1", lost=lost
+        )
+        assert command.words[command.words.index("--master_addr") + 1] == address
+
+
+def test_each_rank_has_its_host_where_hosts_are_started_by_hand(
+    tmp_path: Path, hostfile: Path
+) -> None:
+    keys = ["--run", str(tmp_path), "--batch.global", "8", "--batch.micro", "1"]
+    ranks = launchers.deepspeed(["quickstart"], "auto", keys, hostfile, node_rank=1).ranks
+    assert ranks and ranks.hosts == {2: "user@host-b", 3: "user@host-b"}
 
 
 # ---- deepspeed
@@ -349,6 +401,15 @@ def test_mistakes_about_hosts(hostfile: Path, fails: Callable[..., str]) -> None
         assert "count from 0" in fails(*two, "127.0.0.1:1", "--node-rank", 2)
         assert "give --nodes N" in fails(*by_hand, "--node-rank", 1)
     assert "--sbatch" in fails("launch", "slurm", "--config", "quickstart", "--sbatch", "gpu:1")
+    assert "is no time limit" in fails(
+        "launch", "slurm", "--config", "quickstart", "--time", "1 day"
+    )
+    assert "--warning-s 600" in fails(
+        "launch", "slurm", "--config", "quickstart", "--time", "5", "--warning-s", "600"
+    )
+    for number in ("0", "70000"):
+        assert "is not a port" in fails(*on, "--master-port", number)
+        assert "is not a port" in fails(*on, "--ssh-port", number)
 
 
 @pytest.fixture
