@@ -12,6 +12,13 @@ if [ $# -lt 5 ]; then
   echo "usage: $0 HOSTS NUMBER HOST0:PORT PROCESSES RECIPE [--key.sub value ...]" >&2
   exit 2
 fi
+case $3 in
+  *?:[0-9]*) ;;
+  *)
+    echo "$0: $3 is not HOST0:PORT; give it as in node1:29500" >&2
+    exit 2
+    ;;
+esac
 hosts=$1 number=$2 endpoint=$3 processes=$4 recipe=$5
 shift 5
 bin=${BIN:-$PWD/.venv/bin}

@@ -11,12 +11,12 @@
 #$ -l s_rt=23:50:00,h_rt=24:00:00
 # One slot is one rank, for one GPU. Warnings come as USR1 (s_rt, and before a stop) and, for
 # -notify, as USR2 (before the end of the job); the ranks save then, and exit code 99 makes Grid
-# Engine start the job again.
+# Engine start the job again. A host that is lost is left out, if the rest can share the batch.
 bin=$PWD/.venv/bin
 recipe=(--config convnext_tiny_coco --batch.micro 8)
 # From here on there is nothing to change.
 
-# "node-1 8 all.q@node-1 UNDEFINED"  ->  "node-1 slots=8"
+# "node1 8 all.q@node1 UNDEFINED"  ->  "node1 slots=8"
 hostfile=$TMPDIR/hostfile
 awk '{ print $1 " slots=" $2 }' "$PE_HOSTFILE" >"$hostfile"
 port=$((10000 + JOB_ID % 20000))
@@ -25,7 +25,7 @@ port=$((10000 + JOB_ID % 20000))
 # does not know it.
 trap 'kill -USR1 "$front"' USR1 USR2 TERM
 setsid "$bin/convnext-yolo" launch deepspeed --hostfile "$hostfile" --master-port "$port" \
-  "${recipe[@]}" &
+  --max-restarts 2 "${recipe[@]}" &
 front=$!
 while kill -0 "$front" 2>/dev/null; do wait "$front"; done # a trap ends `wait` before its time
 wait "$front"

@@ -3,8 +3,8 @@
 #
 #   launch/torchrun.sh HOSTS NUMBER HOST0:PORT PROCESSES RECIPE [--key.sub value ...]
 #
-# as in  launch/torchrun.sh 2 0 node-1:29500 8 convnext_tiny_coco  on node-1
-# and    launch/torchrun.sh 2 1 node-1:29500 8 convnext_tiny_coco  on node-2.
+# as in  launch/torchrun.sh 2 0 node1:29500 8 convnext_tiny_coco  on node1
+# and    launch/torchrun.sh 2 1 node1:29500 8 convnext_tiny_coco  on node2.
 set -euo pipefail
 
 if [ $# -lt 5 ]; then
@@ -14,7 +14,7 @@ fi
 case $3 in
   *?:[0-9]*) ;;
   *)
-    echo "$0: $3 is not HOST0:PORT; give it as in node-1:29500" >&2
+    echo "$0: $3 is not HOST0:PORT; give it as in node1:29500" >&2
     exit 2
     ;;
 esac

@@ -397,7 +397,7 @@ def test_mistakes_about_hosts(hostfile: Path, fails: Callable[..., str]) -> None
         assert "--node-rank is missing" in fails(*by_hand, "--nodes", 2)
         assert f"{flag} is missing" in fails(*by_hand, "--nodes", 2, "--node-rank", 0)
         two = [*by_hand, "--nodes", 2, flag]
-        assert "is not HOST:PORT" in fails(*two, "node-1", "--node-rank", 0)
+        assert "is not HOST:PORT" in fails(*two, "node1", "--node-rank", 0)
         assert "count from 0" in fails(*two, "127.0.0.1:1", "--node-rank", 2)
         assert "give --nodes N" in fails(*by_hand, "--node-rank", 1)
     assert "--sbatch" in fails("launch", "slurm", "--config", "quickstart", "--sbatch", "gpu:1")

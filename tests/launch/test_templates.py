@@ -105,7 +105,7 @@ def test_deepspeed_sh(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     args = runner.parse_args(result.stdout.splitlines()[1:])
     assert sum(runner.fetch_hostfile(args.hostfile).values()) == 8
-    assert (args.master_addr, args.force_multi, args.module) == ("node-1", True, True)
+    assert (args.master_addr, args.force_multi, args.module) == ("node1", True, True)
     assert args.user_args == ["train", *RECIPE]
     lines = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines())
     assert lines["NCCL_DEBUG"] == "INFO" and lines["PATH"].startswith(str(stubs))
@@ -160,12 +160,12 @@ def test_accelerate_sh(tmp_path: Path) -> None:
     from accelerate.commands import launch
 
     stubs = programs(tmp_path / "bin", accelerate=PRINTS)
-    words: list[object] = [LAUNCH / "accelerate.sh", 2, 1, "node-1:29500", 8, "quickstart"]
+    words: list[object] = [LAUNCH / "accelerate.sh", 2, 1, "node1:29500", 8, "quickstart"]
     result = run([*words, "--optimizer.lr", "0.1"], tmp_path, stubs, BIN=stubs)
     assert result.returncode == 0, result.stderr
     args = launch.launch_command_parser().parse_args(result.stdout.splitlines()[2:])
     assert (args.num_machines, args.machine_rank, args.num_processes) == (2, 1, 16)
-    assert (args.main_process_ip, args.main_process_port) == ("node-1", 29500)
+    assert (args.main_process_ip, args.main_process_port) == ("node1", 29500)
     assert args.multi_gpu and not args.use_deepspeed and args.same_network
     assert args.training_script_args == ["train", *RECIPE]
 
@@ -196,7 +196,7 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
         f"{PRINTS}; exit {ranks}",
         srun="while [[ $1 == -* ]]; do shift; done; export SLURM_NTASKS=16 SLURM_LOCALID=3 \\\n"
         f'SLURM_PROCID=11; "$@"; code=$?; env >{tmp_path}/env; exit $code',
-        scontrol='if [ "$1" = show ]; then echo node-1; echo node-2; exit; fi\n'
+        scontrol='if [ "$1" = show ]; then echo node1; echo node2; exit; fi\n'
         f'echo "$@" >{tmp_path}/requeued; kill -KILL $PPID',
         squeue=f"echo {state}",
     )
@@ -210,7 +210,7 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
     # a job that was started before goes on, whatever its first start was told
     assert lines[lines.index("--resume") + 1] == ("auto" if finished else "never")
     environment = (tmp_path / "env").read_text().splitlines()
-    assert {"MASTER_ADDR=node-1", "MASTER_PORT=13456", "SRUN_CPUS_PER_TASK=5"} <= set(environment)
+    assert {"MASTER_ADDR=node1", "MASTER_PORT=13456", "SRUN_CPUS_PER_TASK=5"} <= set(environment)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -234,7 +234,7 @@ def test_grid_engine(tmp_path: Path, number: str | None, finished: int, code: in
         python=f"exit {finished}",
         **{"convnext-yolo": f"{PRINTS} >{tmp_path}/words; {waits}"},
     )
-    (tmp_path / "pe").write_text("node-1 8 all.q@node-1 UNDEFINED\nnode-2 4 all.q@node-2 <NULL>\n")
+    (tmp_path / "pe").write_text("node1 8 all.q@node1 UNDEFINED\nnode2 4 all.q@node2 <NULL>\n")
     env = {"TMPDIR": str(tmp_path), "PE_HOSTFILE": str(tmp_path / "pe"), "JOB_ID": "7"}
     process = subprocess.Popen(
         ["bash", LAUNCH / "sge.sh"], cwd=tmp_path, env={**os.environ, **env}, start_new_session=True
@@ -243,7 +243,7 @@ def test_grid_engine(tmp_path: Path, number: str | None, finished: int, code: in
         until((tmp_path / "up").exists)
         os.killpg(process.pid, getattr(signal, f"SIG{number}"))
     assert process.wait(timeout=30) == code
-    assert read_hostfile(tmp_path / "hostfile") == {"node-1": 8, "node-2": 4}
+    assert read_hostfile(tmp_path / "hostfile") == {"node1": 8, "node2": 4}
     words = (tmp_path / "words").read_text().splitlines()
     assert words[1:5] == ["launch", "deepspeed", "--hostfile", str(tmp_path / "hostfile")]
 
@@ -323,7 +323,7 @@ def test_the_layer_of_libraries_can_be_built_without_the_source(tmp_path: Path) 
 
 
 def test_the_example_hostfile() -> None:
-    assert read_hostfile(LAUNCH / "hostfile.example") == {"node-1": 4, "node-2": 4}
+    assert read_hostfile(LAUNCH / "hostfile.example") == {"node1": 4, "node2": 4}
 
 
 def test_scripts_can_be_run_and_name_packaged_recipes() -> None:
