@@ -2,6 +2,8 @@
 
 import socket
 
+from .job import LaunchError
+
 
 def own_address(host: str, port: int = 9) -> str:
     """The address of this machine that a host sees when this one calls it. Nothing is sent.
@@ -14,6 +16,27 @@ def own_address(host: str, port: int = 9) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return str(probe.getsockname()[0])
+
+
+def address_for(callers: tuple[str, ...]) -> str:
+    """The address of this machine by which those hosts can call it.
+
+    Raises:
+        LaunchError: none of them can be found.
+    """
+    found = []
+    for host in callers:
+        try:
+            found.append(own_address(host.rpartition("@")[2]))
+        except OSError:
+            continue  # a name that only ssh knows
+    far = [address for address in found if not address.startswith("127.") and address != "::1"]
+    if far or found:
+        return (far or found)[0]
+    raise LaunchError(
+        f"{', '.join(callers)}: none of these hosts can be found from here; give the first one's "
+        "address with --master-addr"
+    )
 
 
 def free_port() -> int:

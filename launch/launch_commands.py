@@ -81,19 +81,32 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
         from .job import LaunchError
         from .supervision.supervise import run
 
+        before: list[str] = []  # the newest checkpoint when the first was started
+
         def command(lost: frozenset[str]) -> Command:
             if lost:
                 if not hasattr(options, "lost"):
                     raise LaunchError(f"{', '.join(sorted(lost))} is lost, and there is no other")
                 options.lost = lost
+            if before and before[0] != _newest(options):
+                options.resume = "auto"  # else what was named is still where the run is to go on
+            before[:] = before or [_newest(options)]
             rendered = render(options)
-            options.resume = "auto"  # from the second time on
             assert isinstance(rendered, Command)
             return rendered
 
         run(command, options.dry_run, getattr(options, "max_restarts", 0), options.stall_s)
 
     parser.set_defaults(run_command=run)
+
+
+def _newest(options: argparse.Namespace) -> str:
+    """The name of the newest checkpoint of the run, if any."""
+    from ..recipes.load import load_recipe, recipe_path
+
+    recipe = load_recipe([recipe_path(name) for name in options.config], options.rest)
+    names = sorted(path.name for path in (Path(recipe.run) / "checkpoints").glob("step-????????"))
+    return names[-1] if names else ""
 
 
 def _local(where: Commands) -> None:

@@ -85,6 +85,8 @@ def deepspeed(
     Raises:
         LaunchError, RecipeError: a mistake, in one sentence.
     """
+    if node_rank is not None:
+        lost = ()  # this host can't leave out any: the others would not know
     named = read_hostfile(hostfile)
     hosts = {k: n for k, n in named.items() if k not in lost}
     if not hosts:
@@ -135,7 +137,8 @@ def deepspeed(
     return Command(
         [*words, *_ranks(map(_remote_word, job.train_words))],
         # Instead of ~/.deepspeed_env, whose settings are in it; ours alone of all jobs.
-        {"DS_ENV_FILE": str(file.path)},
+        # And no ssh of ours becomes the master of other sessions: it ends with the job.
+        {"DS_ENV_FILE": str(file.path), "PDSH_SSH_ARGS_APPEND": _ssh_options()},
         files,
         job.ranks(dict(enumerate(names)), (*reversed(hosts), job.master_address)),
         file,
@@ -154,6 +157,10 @@ def deepspeed_env(environment: Mapping[str, str]) -> dict[str, str]:
                 if equals and not key.startswith("#"):
                     found[key.strip()] = value.strip()
     return found
+
+
+def _ssh_options() -> str:
+    return f"-oControlMaster=no {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}".strip()
 
 
 def _devices(processes: int, environment: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 # The number of the open file that both share, in the environment of a rank.
 HEARTBEAT = "CONVNEXT_YOLO_HEARTBEAT"
 SHOW_STACKS = signal.SIGUSR2
+START = "start"  # what a rank does until it heeds signals
 _BYTES = 64
 
 
@@ -25,7 +26,7 @@ class Beat:
 
     count: int = 0  # of the things that it has begun; 0: no step yet
     step: int = 0
-    doing: str = "start"
+    doing: str = START
     since_s: float = 0.0  # time.monotonic(), which processes of a host share
 
 

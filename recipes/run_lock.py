@@ -13,11 +13,15 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
-from .config import RecipeError
-
 NAME = ".lock"
 PATIENCE_S = 60.0  # for a job that is ending, or a host that was lost and does not know it yet
 _LOOK_S = 0.1
+
+
+class RunBusyError(Exception):
+    """Another job trains into this run's folder. The text is one sentence."""
+
+    exit_code = 1  # no mistake: it may pass, so that a job may be started again
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
         stop_asked: whether to wait no longer for another job to end.
 
     Raises:
-        RecipeError: another job holds it; on every rank.
+        RunBusyError: another job holds it; on every rank.
     """
     file, mistake, is_new = None, "", False
     if dist.get_rank() == 0:
@@ -46,7 +50,7 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
     dist.broadcast_object_list(told)
     try:
         if told[0]:
-            raise RecipeError(told[0])
+            raise RunBusyError(told[0])
         yield
     finally:
         if is_new and os.listdir(folder) == [NAME]:  # a mistake in the recipe leaves nothing

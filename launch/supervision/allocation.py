@@ -4,7 +4,7 @@ Within a Slurm job, on its first host: srun, under the same supervision as other
 code 75 (EX_TEMPFAIL) says that a host was lost: the job may go back into the queue, where Slurm
 finds another. A job that has been there before without a checkpoint since has another fault: Slurm
 may end all of a host for want of memory, say, and would do so for ever. Nor does one go back that
-was stopped, at its time limit, say, before it had published anything new.
+was stopped twice in a row, at its time limit, say, before it had published anything new.
 """
 
 import os
@@ -53,14 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     if outcome.lost_hosts and (has_published or is_first):
         return LOST_HOST
-    if not outcome.code and not has_published and not is_finished(recipe):
-        print(
-            "convnext-yolo: stopped before anything new was published, so the job does not go back "
-            "into the queue; give it a longer --time, or an earlier warning (--warning-s)",
-            file=sys.stderr,
-        )
-        return 1
-    return outcome.code
+    if outcome.code or is_finished(recipe):
+        return outcome.code
+    return _stopped(ranks.logs / f"slurm-{os.environ.get('SLURM_JOB_ID', '')}.idle", has_published)
+
+
+def _stopped(idle: Path, has_published: bool) -> int:
+    """The exit code of a start that a signal has ended. `idle` marks one without a checkpoint."""
+    if has_published:
+        idle.unlink(missing_ok=True)
+        return 0
+    if not idle.exists():
+        idle.touch()
+        return 0
+    print(
+        "convnext-yolo: stopped twice before anything new was published, so the job does not go "
+        "back into the queue; give it a longer --time, or a later warning (--warning-s)",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _hosts() -> tuple[str, ...]:

@@ -14,13 +14,15 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
+from typing import Any
 
-from ..addresses import own_address
+from ..addresses import address_for
 from ..command import Command, Ranks
 from ..job import LaunchError
 from .lifeline import BEAT_S, FRONT, LOGS, LOST_S, STOP_S, Lines
 from .processes import any_marked, has_ended, kill_group, kill_marked
-from .rank import Outcome, Rank, first_of
+from .rank import Outcome, Rank, first_of, lost_hosts
 from .stall import StallDetector
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -42,7 +44,7 @@ class Front:
 
     def __init__(self, command: Command, expected: Ranks, stall_s: float):
         self.expected, self.token = expected, secrets.token_hex(16)
-        address = _address(expected.callers)
+        address = address_for(expected.callers)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.listener = socket.create_server((address, 0), family=family)
         self.selector = selectors.DefaultSelector()
@@ -57,6 +59,7 @@ class Front:
         self.signals: list[int] = []
         self.abandoned = False
         self.first_s = float("inf")  # when the first rank came
+        self.signalled_s = float("inf")  # when the first signal was passed on
         self.stop_by = self.end_by = self.leave_by = float("inf")
         # Under nohup a terminal may close: what was ignored before stays so.
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -126,36 +129,45 @@ class Front:
         if key.fileobj is self.listener:
             self._accept()
             return
-        rank, lines = key.data
+        caller: _Caller = key.data
         now = time.monotonic()
         try:
-            for message in lines.receive():
-                rank.take(message, now)
+            for message in caller.lines.receive():
+                if caller.rank is None:
+                    caller.rank = self._welcome(caller.lines, message)
+                else:
+                    caller.rank.take(message, now)
         except (OSError, KeyError, TypeError, ValueError):
             self.selector.unregister(key.fileobj)
-            if rank.code is None:
-                rank.lose("its guard is gone: the host, or the guard, was ended", now)
+            if caller.rank is None:  # a stranger
+                caller.lines.connection.close()
+            elif caller.rank.code is None:
+                caller.rank.lose("its guard is gone: the host, or the guard, was ended", now)
+                caller.rank.ended_by_us = now > self.end_by
 
     def _accept(self) -> None:
+        """Takes a call; who it is, it says when it likes."""
         connection, _ = self.listener.accept()
         connection.settimeout(2)
-        try:
-            lines = Lines(connection)
-            [hello] = lines.receive()
-            if not hmac.compare_digest(str(hello["token"]), self.token):
-                raise ConnectionError("not one of ours")
-            number = int(hello["rank"])
-        except (OSError, KeyError, ValueError):
-            connection.close()
-            return
+        self.selector.register(connection, selectors.EVENT_READ, _Caller(Lines(connection)))
+
+    def _welcome(self, lines: Lines, hello: dict[str, Any]) -> Rank:
+        """A rank, by its guard's first words.
+
+        Raises:
+            ConnectionError, KeyError, ValueError: it is none of ours.
+        """
+        if not hmac.compare_digest(str(hello["token"]), self.token):
+            raise ConnectionError("not one of ours")
+        number = int(hello["rank"])
         host = self.expected.hosts.get(number, str(hello["host"]))
         rank = Rank(number, host, lines, time.monotonic())
         rank.place.since_s = rank.heard_s
         self.first_s = min(self.first_s, rank.heard_s)
         self.ranks.append(rank)
-        self.selector.register(connection, selectors.EVENT_READ, (rank, lines))
         if self.signals:
             rank.send(type="signal", number=self.signals[0])
+        return rank
 
     def _pass_on(self, number: int) -> None:
         """A signal, to every rank. The second Ctrl-C is meant by force."""
@@ -166,6 +178,7 @@ class Front:
         now = time.monotonic()
         if number == signal.SIGINT and self.signals.count(signal.SIGINT) > 1:
             self.end_by = min(self.end_by, now)
+        self.signalled_s = min(self.signalled_s, now)
         self.stop_by = min(self.stop_by, now + STOP_S)
         for rank in self._running():
             rank.send(type="signal", number=number)
@@ -203,9 +216,12 @@ class Front:
         for rank in self._running():
             silent_s = now - rank.heard_s
             if silent_s > (SILENT_S if ending else LOST_S):
-                rank.lose(f"no sign of life for {silent_s:.0f} s", now)
+                rank.lose(f"no sign of life for {silent_s:.0f} s", rank.heard_s)
+                # it may have been silent before
+                rank.ended_by_us = ending and rank.heard_s > self.end_by - 2 * BEAT_S
             elif ending:
                 rank.send(type="kill")
+                rank.ended_by_us = True
 
     def _leave(self, now: float, failed: bool) -> None:
         """Of launcher and ranks, who is left without the other follows it after a while."""
@@ -230,7 +246,12 @@ class Front:
 
     def _failed(self) -> list[Rank]:
         """After a signal, a rank's exit code is what its recipe says: only losses count."""
-        return [rank for rank in self.ranks if rank.lost or (rank.code and not self.signals)]
+        return [
+            rank
+            for rank in self.ranks
+            if (rank.lost or (rank.code and rank.ended_s < self.signalled_s))
+            and (rank.stalled or not rank.ended_by_us)
+        ]
 
     def _outcome(self) -> Outcome:
         code = self._end_launcher()
@@ -244,13 +265,12 @@ class Front:
                 f"rank {first.number} on {first.host} went first: {first.reason}; "
                 f"its output is in {self.expected.logs}/rank-{first.number}.log"
             )
-            lost = frozenset(rank.host for rank in failed if rank.lost)
-            return Outcome(code, sentence, lost, bool(self.signals))
+            return Outcome(code, sentence, lost_hosts(failed), bool(self.signals))
         if self.signals:
             # launchers make 1 of every code, and what was not there yet was ended by force
             code = max(codes, key=abs) if codes else -self.signals[0]
             code = 128 - code if code < 0 else code
-            return Outcome(code, f"stopped by {signal.Signals(self.signals[0]).name}", stopped=True)
+            return Outcome(code, self._stopped(), stopped=True)
         if self.abandoned:
             code, why = code or 1, "somebody has ended the launcher"
             return Outcome(
@@ -260,19 +280,21 @@ class Front:
             code = 0  # all that was to be done is done, however the launcher has left
         return Outcome(code, f"the launcher ended with exit code {code}; see its output above")
 
+    def _stopped(self) -> str:
+        """Who asked, and who has not done what was asked."""
+        sentence = f"stopped by {signal.Signals(self.signals[0]).name}"
+        for rank in self.ranks:
+            where = f"rank {rank.number} on {rank.host}"
+            if rank.ended_by_us:
+                return f"{sentence}; {where} did not stop in time and was ended"
+            if rank.code and ": error: " in rank.reason:
+                return f"{sentence}; {where}: {rank.reason}"
+        return sentence
 
-def _address(callers: tuple[str, ...]) -> str:
-    """The address of this machine by which those hosts can call it."""
-    found = []
-    for host in callers:
-        try:
-            found.append(own_address(host.rpartition("@")[2]))
-        except OSError:
-            continue  # a name that only ssh knows
-    far = [address for address in found if not address.startswith("127.") and address != "::1"]
-    if far or found:
-        return (far or found)[0]
-    raise LaunchError(
-        f"{', '.join(callers)}: none of these hosts can be found from here; give the first one's "
-        "address with --master-addr"
-    )
+
+@dataclass
+class _Caller:
+    """A connection, and the rank that it turned out to be."""
+
+    lines: Lines
+    rank: Rank | None = None

@@ -41,11 +41,12 @@ class Guard:
         self.front = Lines(socket.create_connection((host, int(port)), timeout=LOST_S))
         me = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
         self.front.send(type="hello", token=token, **me)
-        self.log = _open_log(Path(environment[LOGS]), self.rank)
+        self.log, self._log_failed = _open_log(Path(environment[LOGS]), self.rank), False
         rank_environment = {k: v for k, v in environment.items() if k not in (FRONT, LOGS)}
         self.heartbeat = heartbeat.create()
         rank_environment[heartbeat.HEARTBEAT] = str(self.heartbeat)
         rank_environment[JOB] = token  # so that the front finds what a killed guard leaves here
+        self._stopped_at_start = False
         for number in SIGNALS:  # before there is a rank: none may slip through
             signal.signal(number, self._on_signal)
         self.child = subprocess.Popen(
@@ -82,7 +83,10 @@ class Guard:
         code = self.child.wait()
         for thread in copies:  # what was in the pipes
             thread.join(timeout=5)
-        self._send(type="exit", code=code, reason=reason(code, self.last_lines))
+        why = reason(code, self.last_lines)
+        if self._stopped_at_start and code in (-signal.SIGTERM, -signal.SIGUSR1, 130):
+            code, why = 0, "stopped before it had begun"
+        self._send(type="exit", code=code, reason=why)
         return 128 - code if code < 0 else int(code)
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -125,6 +129,11 @@ class Guard:
         self._end_at = min(self._end_at or deadline, deadline)
 
     def _signal(self, number: int) -> None:
+        # A rank that only imports, or meets the others, ends by it, with nothing to save: a
+        # scheduler is to take that for what it asked for, not for a failure.
+        if number in (signal.SIGTERM, signal.SIGUSR1):
+            beat = heartbeat.read(self.heartbeat)
+            self._stopped_at_start |= beat is None or beat.doing == heartbeat.START
         if self.child.returncode is None:  # nobody has waited for it: the number is still its own
             os.kill(self.child.pid, number)
 
@@ -133,11 +142,20 @@ class Guard:
         with contextlib.suppress(OSError), self._sending:
             self.front.send(**message)
 
+    def _keep(self, data: bytes) -> None:
+        """In the log, as far as its disk takes it: the rank is not to wait for that."""
+        try:
+            self.log.write(data)
+        except OSError as error:
+            if not self._log_failed:
+                self._log_failed = True
+                print(f"{self.log.name}: can't be written ({error.strerror})", file=sys.stderr)
+
     def _copy(self, source: IO[bytes], to: int) -> None:
         """The rank's output, to the launcher and into the log."""
         line = b""
         while data := os.read(source.fileno(), 65536):
-            self.log.write(data)
+            self._keep(data)
             with contextlib.suppress(OSError):  # where nobody reads it any more, the log goes on
                 os.write(to, data)
             *lines, line = (line + data).split(b"\n")
@@ -175,10 +193,14 @@ def guard_command(words: Sequence[str]) -> int:
 
 
 def _open_log(folder: Path, rank: int) -> IO[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / f"rank-{rank}.log").open("ab", buffering=0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    log.write(f"--- {started} rank {rank} on {socket.gethostname()}\n".encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / f"rank-{rank}.log").open("ab", buffering=0)
+        log.write(f"--- {started} rank {rank} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        print(f"{folder}: no log of rank {rank} can be written ({error})", file=sys.stderr)
+        return open(os.devnull, "ab", buffering=0)
     return log
 
 

@@ -42,6 +42,7 @@ class Rank:
     reason: str = ""
     lost: bool = False  # gone without a word
     stalled: bool = False  # the others waited for it, for too long
+    ended_by_us: bool = False  # since the job was to end
     ended_s: float = 0.0
     place: Place = field(default_factory=Place)
 
@@ -68,9 +69,9 @@ class Rank:
             place = int(message["step"]), str(message["doing"])
             self.place = Place(count, *place, since_s, str(message["state"]))
 
-    def lose(self, reason: str, now: float) -> None:
-        """It is gone, and nobody has said why."""
-        self.lost, self.reason, self.ended_s = True, reason, now
+    def lose(self, reason: str, since_s: float) -> None:
+        """It is gone since then, and nobody has said why."""
+        self.lost, self.reason, self.ended_s = True, reason, since_s
 
     def blame(self, reason: str) -> None:
         """The job is to end for its sake; it still runs."""
@@ -88,8 +89,27 @@ class Outcome:
 
 
 def first_of(failed: Sequence[Rank]) -> Rank:
-    """The cause: a stall, then a loss, then what does not tell of another's failure."""
-    return min(
-        failed,
-        key=lambda r: (not r.stalled, not r.lost, bool(_CONSEQUENCE.search(r.reason)), r.ended_s),
-    )
+    """The cause: a stall, then the earliest of what does not follow from another's failure.
+
+    Of a mistake that all ranks find, one alone prints the sentence.
+    """
+
+    def order(rank: Rank) -> tuple[bool, bool, bool, float]:
+        is_silent = rank.code == 2 and ": error: " not in rank.reason
+        return not rank.stalled, _follows(rank, failed), is_silent, rank.ended_s
+
+    return min(failed, key=order)
+
+
+def lost_hosts(failed: Sequence[Rank]) -> frozenset[str]:
+    """The hosts that are gone, not those on which a launcher has ended the guards."""
+    return frozenset(rank.host for rank in failed if rank.lost and not _follows(rank, failed))
+
+
+def _follows(rank: Rank, failed: Sequence[Rank]) -> bool:
+    """Whether this failure is most likely another's consequence."""
+    if rank.lost:  # where a rank fails, its launcher may end the others of its host, guards and all
+        return any(
+            one.host == rank.host and not one.lost and one.ended_s <= rank.ended_s for one in failed
+        )
+    return bool(_CONSEQUENCE.search(rank.reason))

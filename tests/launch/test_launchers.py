@@ -22,6 +22,7 @@ from convnext_yolo.launch.cli import main
 from convnext_yolo.launch.command import Command
 from convnext_yolo.launch.hostfile import read_hostfile
 from convnext_yolo.launch.job import LaunchError, given_environment, rank_environment
+from convnext_yolo.launch.supervision import supervise
 from convnext_yolo.recipes.config import Recipe, RecipeError
 from convnext_yolo.recipes.engine import batch_plan, deepspeed_config
 from convnext_yolo.recipes.load import load_recipe
@@ -288,6 +289,49 @@ def test_the_address_of_a_lost_first_host_is_dropped(tmp_path: Path, hostfile: P
             ["quickstart"], "auto", keys, hostfile, master_address="10.1.0.1", lost=lost
         )
         assert command.words[command.words.index("--master_addr") + 1] == address
+
+
+def test_a_restart_by_hand_leaves_out_nobody(tmp_path: Path, hostfile: Path) -> None:
+    """This host alone can't: the others would not know."""
+    keys = ["--run", str(tmp_path), "--batch.global", "8", "--batch.micro", "1"]
+    whole = launchers.deepspeed(["quickstart"], "auto", keys, hostfile, node_rank=0)
+    again = launchers.deepspeed(
+        ["quickstart"], "auto", keys, hostfile, node_rank=0, lost={"host-a"}
+    )
+    assert again == whole
+
+
+def test_no_ssh_of_a_job_serves_other_sessions(
+    tmp_path: Path, hostfile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-i key")
+    keys = ["--run", str(tmp_path), "--batch.global", "8", "--batch.micro", "1"]
+    command = launchers.deepspeed(["quickstart"], "auto", keys, hostfile)
+    assert command.environment["PDSH_SSH_ARGS_APPEND"] == "-oControlMaster=no -i key"
+
+
+def test_a_restart_goes_on_from_the_named_checkpoint_until_there_is_a_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` would take the branch that was left."""
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00001000").mkdir(parents=True)
+    given = str(checkpoints / "step-00000500")
+    resumed: list[str] = []
+
+    def run(render: Callable[..., Command], *_: object) -> None:
+        for newest in ("", "step-00001500"):
+            command = render(frozenset())
+            resumed.append(command.words[command.words.index("--resume") + 1])
+            if newest:
+                (checkpoints / newest).mkdir()
+        command = render(frozenset())
+        resumed.append(command.words[command.words.index("--resume") + 1])
+
+    monkeypatch.setattr(supervise, "run", run)
+    keys = ["--config", "quickstart", "--run", str(tmp_path), "--resume", given, "--no-doctor"]
+    assert main(["launch", "local", *keys]) == 0
+    assert resumed == [given, given, "auto"]
 
 
 def test_each_rank_has_its_host_where_hosts_are_started_by_hand(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ from convnext_yolo.launch.command import Command, Ranks
 from convnext_yolo.launch.job import LaunchError
 from convnext_yolo.launch.supervision import allocation, guard, supervise
 from convnext_yolo.launch.supervision import front as front_module
+from convnext_yolo.launch.supervision.front import Front
+from convnext_yolo.launch.supervision.rank import Rank, first_of, lost_hosts
 from convnext_yolo.recipes.config import RecipeError
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
@@ -105,6 +109,17 @@ def test_both_end_well(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
             "sleep .3; echo '[rank1]: MemoryError: full' >&2; exit 1",
             ["rank 1 on host-b", "exit code 1: MemoryError: full"],
         ),
+        # whom we have ended has not failed, whatever the other's words remind of
+        (
+            "if [ $RANK = 0 ]; then exec sleep 999; fi; echo 'ReadTimeoutError: timed out'; exit 1",
+            ["rank 1 on host-b", "exit code 1: ReadTimeoutError: timed out"],
+        ),
+        # of a mistake that all find, one tells the sentence
+        (
+            "if [ $RANK = 0 ]; then sleep .3; echo 'x train: error: a mistake'; else echo hm; fi; "
+            "exit 2",
+            ["rank 0 on host-a", "error: a mistake"],
+        ),
         # a process of a rank does not outlive it
         ("sleep 999 & if [ $RANK = 1 ]; then exit 5; fi; wait", ["rank 1", "exit code 5"]),
     ],
@@ -124,6 +139,88 @@ def test_a_guard_that_is_ended_takes_its_rank_along(
     """So does a host: nothing of it answers."""
     failure = fails("if [ $RANK = 1 ]; then kill -KILL $PPID; fi; sleep 999")
     assert "rank 1 on host-b went first: its guard is gone" in str(failure)
+
+
+def test_a_launcher_that_ends_the_guards_of_a_host_is_no_loss_of_it() -> None:
+    """DeepSpeed's does, with SIGKILL, when one of its ranks has failed."""
+    failed = Rank(1, "a", None, 0.0, code=1, reason="exit code 1: OutOfMemoryError", ended_s=5.0)
+    ended, far = (Rank(n, host, None, 0.0) for n, host in ((0, "a"), (2, "b")))
+    ended.lose("its guard is gone", 5.5)
+    assert first_of([ended, failed]) is failed and not lost_hosts([ended, failed])
+    far.lose("no sign of life", 4.0)
+    assert first_of([ended, failed, far]) is far and lost_hosts([ended, failed, far]) == {"b"}
+
+
+def test_a_guard_may_say_several_things_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first beat follows its first words."""
+    run = Front(job(tmp_path, "true"), Ranks({0: "a"}, tmp_path / "logs", count=1), 0)
+    with run, socket.create_connection(run.listener.getsockname()) as silent:
+        with socket.create_connection(run.listener.getsockname()) as guard_side:
+            words = {"type": "hello", "token": run.token, "rank": 0, "host": "a", "pid": 1}
+            beat = {
+                "type": "beat",
+                "count": 3,
+                "step": 2,
+                "doing": "data",
+                "for_s": 0,
+                "state": "R",
+            }
+            guard_side.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (words, beat)))
+
+            def is_heard() -> bool:  # who calls and says nothing keeps nobody waiting
+                for key, _ in run.selector.select(timeout=0.1):
+                    run._hear(key)
+                return bool(run.ranks) and run.ranks[0].place.count == 3
+
+            until(is_heard, 5.0)
+        assert silent.getpeername()
+
+
+def test_a_log_that_can_not_be_written_stops_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-0.log").symlink_to("/dev/full")
+    supervise.run(lambda lost: job(tmp_path, "head -c 300000 /dev/zero | tr '\\0' x; echo end"))
+    said = capfd.readouterr()
+    assert said.out.count("end\n") == 2
+    assert "no log of rank 0 can be written" in said.err
+
+
+def test_what_a_scheduler_ends_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
+    """Slurm signals the ranks, while they import: the job goes back into the queue."""
+    script = f"touch {tmp_path}/up-$RANK; exec sleep 999"
+    process = front(tmp_path, script)
+    until(lambda: all((tmp_path / f"up-{n}").exists() for n in (0, 1)))
+    guards = [p for p in processes_of(tmp_path) if is_guard(p)]
+    for guard_process in guards:
+        os.kill(guard_process, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+
+def is_guard(process: int) -> bool:
+    words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    return words[2:3] == [GUARD.encode()]
+
+
+def test_a_failure_before_a_signal_stays_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = front(
+        tmp_path, f"if [ $RANK = 1 ]; then echo 'MemoryError: full'; exit 1; fi; {WAITS}"
+    )
+    until(lambda: (tmp_path / "logs/rank-1.log").exists() and has_ended_one(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "rank 1 on host-b went first: exit code 1: MemoryError: full" in output
+
+
+def has_ended_one(folder: Path) -> bool:
+    guards = [p for p in processes_of(folder) if is_guard(p)]
+    return len(guards) == 1 and "up\n" in (folder / "logs/rank-0.log").read_text()
 
 
 def front(folder: Path, script: str) -> subprocess.Popen[str]:
@@ -266,7 +363,7 @@ def test_hosts_that_are_left_may_not_share_the_batch(
     [
         ("exit 3", 3, "exit code 3"),
         ("kill -KILL $PPID", allocation.LOST_HOST, "its guard is gone"),
-        ("exit 0", 1, "stopped before anything new was published"),
+        ("exit 0", 0, ""),
     ],
 )
 def test_within_a_slurm_job(
@@ -294,10 +391,12 @@ def test_within_a_slurm_job(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     if code == allocation.LOST_HOST:
         assert allocation.main([*recipe, "--", *job_words]) not in (0, code)
+    if code == 0:
+        assert allocation.main([*recipe, "--", *job_words]) == 1
+        assert "stopped twice before anything new was published" in capfd.readouterr().err
     publishes = f"mkdir -p {tmp_path}/checkpoints/step-00000004; {fate}"
     job_words = job(tmp_path, f"if [ $RANK = 1 ]; then {publishes}; fi; sleep .2").words
-    again = 0 if fate == "exit 0" else code  # stopped, and goes on from there
-    assert allocation.main([*recipe, "--", *job_words]) == again
+    assert allocation.main([*recipe, "--", *job_words]) == code
 
 
 def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
@@ -307,8 +406,6 @@ def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
     environ = Path(f"/proc/{processes_of(tmp_path)[0]}/environ").read_bytes().decode()
     found = re.search(r"CONVNEXT_YOLO_FRONT=127.0.0.1:(\d+):", environ)
     assert found
-    import socket
-
     with socket.create_connection(("127.0.0.1", int(found[1])), timeout=30) as stranger:
         stranger.sendall(b'{"type": "hello", "token": "x", "rank": 0, "host": "h", "pid": 1}\n')
         assert stranger.recv(1) == b""

@@ -184,6 +184,7 @@ def test_the_plain_slurm_script_is_the_rendered_one_but_for_its_head() -> None:
         (0, 1, "CANCELLED", 0, False),  # what a user has cancelled stays so
         (3, 1, "RUNNING", 3, False),  # what failed would fail again
         (75, 1, "RUNNING", -9, True),  # a host was lost
+        (0, 1, "busy", 1, False),  # Slurm's controller does not answer: not done, at least
     ],
 )
 def test_when_a_slurm_job_goes_back_into_the_queue(
@@ -197,13 +198,14 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
         srun="while [[ $1 == -* ]]; do shift; done; export SLURM_NTASKS=16 SLURM_LOCALID=3 \\\n"
         f'SLURM_PROCID=11; "$@"; code=$?; env >{tmp_path}/env; exit $code',
         scontrol='if [ "$1" = show ]; then echo node1; echo node2; exit; fi\n'
+        f"if [ ! -e {tmp_path}/once ]; then touch {tmp_path}/once; exit 1; fi\n"  # it is busy
         f'echo "$@" >{tmp_path}/requeued; kill -KILL $PPID',
-        squeue=f"echo {state}",
+        squeue=f"if [ {state} = busy ]; then exit 1; fi; echo {state}",
     )
     body = (LAUNCH / "slurm.sbatch").read_text().replace("python=.venv/bin/python", "python=python")
     (tmp_path / "job").write_text(body.replace("\nresume=auto", "\nresume=never"))
     job = {"SLURM_JOB_ID": 123456, "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_CPUS_PER_TASK": 5}
-    result = run(["bash", "job"], tmp_path, stubs, SLURM_RESTART_COUNT=finished, **job)
+    result = run(["bash", "job"], tmp_path, stubs, SLURM_RESTART_COUNT=finished, RETRY_S=0, **job)
     assert result.returncode == code, result.stderr
     assert (tmp_path / "requeued").exists() == requeued
     lines = result.stdout.splitlines()

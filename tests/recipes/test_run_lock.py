@@ -15,8 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from convnext_yolo.recipes import run_lock
-from convnext_yolo.recipes.config import RecipeError
-from convnext_yolo.recipes.run_lock import NAME, sole_writer
+from convnext_yolo.recipes.run_lock import NAME, RunBusyError, sole_writer
 
 from .conftest import TinyRun
 from .forkserver import ForkServer
@@ -59,14 +58,14 @@ def test_another_job_is_named(
 ) -> None:
     monkeypatch.setattr(run_lock, "PATIENCE_S", 0.2)
     with (
-        pytest.raises(RecipeError, match=rf"trained into by process {holder.pid} on .*--run"),
+        pytest.raises(RunBusyError, match=rf"trained into by process {holder.pid} on .*--run"),
         sole_writer(tmp_path / "run", lambda: False),
     ):
         pass
 
 
 def test_a_request_to_stop_ends_the_wait(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(RecipeError), sole_writer(tmp_path / "run", lambda: True):
+    with pytest.raises(RunBusyError), sole_writer(tmp_path / "run", lambda: True):
         pass
 
 
@@ -89,7 +88,7 @@ def test_one_that_was_killed_holds_nothing(
 def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with (
-        pytest.raises(RecipeError, match=r"run: .*can't be written to"),
+        pytest.raises(RunBusyError, match=r"run: .*can't be written to"),
         sole_writer(tmp_path / "run", lambda: False),
     ):
         pass
