@@ -18,12 +18,15 @@ def _train(commands: Commands) -> None:
     add_recipe_options(parser)
 
     def run(options: argparse.Namespace) -> int:
+        from ..recipes.preemption import launchers_above
+
+        above = launchers_above()  # first of all
         from ..recipes.load import load_recipe, recipe_path
 
         recipe = load_recipe([recipe_path(name) for name in options.config], options.rest)
         from ..recipes.train import train
 
-        return train(recipe, options.resume)
+        return train(recipe, options.resume, above)
 
     parser.set_defaults(run_command=run)
 

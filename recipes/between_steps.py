@@ -44,11 +44,8 @@ def evaluate_now(run: Run) -> bool:
         )
     except EvaluationStopped:
         return False
-    heartbeat().beat("metrics")  # the main rank comes when it has computed them
     metrics: list[Any] = [outcome and _numbers(outcome)]
     dist.broadcast_object_list(metrics)
-    if metrics[0] is None:
-        return False
     run.metrics, run.evaluated_step = metrics[0], run.step
     if run.tracker and outcome:
         run.quarantine.note(outcome.corrupt)

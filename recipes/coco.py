@@ -1,7 +1,5 @@
 """COCO's numbers: pycocotools on annotations and detections, per class too."""
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,26 +50,30 @@ def coco_metrics(
     Returns:
         The twelve numbers (-1 where there is nothing to find) and `per_class`: AP and AP50 by name.
     """
+    from pycocotools import coco, cocoeval
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    # They tell of every step. Not by redirecting the process's output: an evaluation that is broken
+    # off goes on for a while, in its thread, beside what we have to say.
+    for module in (coco, cocoeval):
+        module.print = _silent  # type: ignore[attr-defined]
     ids = [category.id for category in classes]
     truth = COCO()
     truth.dataset = _coco_truth([t for t, _ in pictures], classes)
     rows = [_coco_results(t.image_id, r, class_ids or ids) for t, r in pictures]
     results = [row for part in rows for row in part]
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells of every step
-        truth.createIndex()
-        found = COCO()
-        if results:
-            found = truth.loadRes(results)
-        else:  # which loadRes does not take
-            found.dataset = {**truth.dataset, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(truth, found, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    truth.createIndex()
+    found = COCO()
+    if results:
+        found = truth.loadRes(results)
+    else:  # which loadRes does not take
+        found.dataset = {**truth.dataset, "annotations": []}
+        found.createIndex()
+    evaluation = COCOeval(truth, found, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     metrics: dict[str, Any] = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # [IoU, recall, class], all areas
     metrics["per_class"] = {
@@ -82,6 +84,10 @@ def coco_metrics(
         for category in classes
     }
     return metrics
+
+
+def _silent(*_: object, **__: object) -> None:
+    """Instead of `print`."""
 
 
 def match_classes(model: Sequence[dict[str, Any]], data: Sequence[Category]) -> list[int]:

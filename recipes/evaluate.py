@@ -1,12 +1,11 @@
 """COCO evaluation: predictions of all processes, pycocotools' twelve numbers, per class too."""
 
-import contextlib
 import functools
 import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,11 +84,11 @@ def evaluate(
         criterion: for validation losses as well.
         class_ids: category id of each class index of the detector; the data set's own by default.
         progress: show a bar on stderr, if it takes longer than a moment.
-        stop_asked: whether this process was asked to stop; looked at after each batch.
+        stop_asked: whether this process was asked to stop; looked at after each batch, and while
+            the main rank computes the metrics.
 
     Raises:
-        EvaluationStopped: on all ranks, where any was asked to stop before the last batch. (The
-            main rank's result is None where it was while it computed the metrics.)
+        EvaluationStopped: on all ranks, where any was asked to stop before it was done.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -114,8 +113,10 @@ def evaluate(
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss * len(batch.images)
     bar.close()
+    heartbeat().beat("metrics")  # the others wait for the main rank
     everything = gather_object([(found, sums, corrupt)])
     if not state.is_main_process:
+        _wait_for_main(stop_asked)
         return None
     pictures = sorted((p for part, _, _ in everything for p in part), key=lambda p: p[0].image_id)
     total = {
@@ -123,10 +124,8 @@ def evaluate(
         for name in (sums if criterion else ())
     }
     unread = tuple(entry for _, _, part in everything for entry in part)
-    results = _unless_stopped(
-        functools.partial(coco_metrics, pictures, reader.classes, class_ids), stop_asked
-    )
-    return None if results is None else Evaluation(results, total, unread)
+    compute = functools.partial(coco_metrics, pictures, reader.classes, class_ids)
+    return Evaluation(_unless_stopped(compute, stop_asked), total, unread)
 
 
 class EvaluationStopped(Exception):
@@ -158,8 +157,12 @@ def _in_step(batches: Iterator[Batch], stop_asked: Callable[[], bool] | None) ->
 
 def _unless_stopped(
     work: Callable[[], dict[str, Any]], stop_asked: Callable[[], bool] | None
-) -> dict[str, Any] | None:
-    """The result of minutes of work, or None as soon as a request to stop comes in between."""
+) -> dict[str, Any]:
+    """The result of minutes of the main rank's work, while the others are in `_wait_for_main`.
+
+    Raises:
+        EvaluationStopped: a request to stop came in between, to any rank.
+    """
     if stop_asked is None:
         return work()
     outcome: Future[dict[str, Any]] = Future()
@@ -171,10 +174,29 @@ def _unless_stopped(
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    while not stop_asked():
-        with contextlib.suppress(TimeoutError):
-            return outcome.result(timeout=LOOK_EVERY_S)
-    return None
+    is_done = False
+    while not is_done:
+        wait([outcome], timeout=LOOK_EVERY_S)
+        is_done = _look_together(outcome.done(), stop_asked)
+    return outcome.result()
+
+
+def _wait_for_main(stop_asked: Callable[[], bool] | None) -> None:
+    if stop_asked is not None:
+        while not _look_together(False, stop_asked):
+            pass
+
+
+def _look_together(is_done: bool, stop_asked: Callable[[], bool]) -> bool:
+    """Whether any rank's work is done; else it must not have been asked to stop."""
+    from accelerate.utils import gather_object
+
+    everyone = gather_object([(is_done, stop_asked())])
+    if any(done for done, _ in everyone):
+        return True
+    if any(asked for _, asked in everyone):
+        raise EvaluationStopped
+    return False
 
 
 def evaluate_command(

@@ -12,6 +12,7 @@ started it, is gone, that is a signal too.
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,10 +25,18 @@ LAUNCHERS = (NODE_LAUNCHER, "torchrun", "torch.distributed.run", "accelerate")
 
 
 class StopRequest:
-    """Whether this process was asked to stop. A context: what was in force before comes back."""
+    """Whether this process was asked to stop. A context: what was in force before comes back.
 
-    def __init__(self) -> None:
+    But once it was asked, further signals are ignored to the end of the process, which is near:
+    they would make something else of its exit code.
+
+    Args:
+        above: `launchers_above()`, of the very start of the process, if that was long ago.
+    """
+
+    def __init__(self, above: Mapping[int, int] | None = None) -> None:
         self.asked = False
+        self._above = launchers_above() if above is None else above
         self.reason = ""
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
@@ -37,15 +46,14 @@ class StopRequest:
             # Under nohup a terminal may close: what was ignored before stays so.
             if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):
                 self._before[number] = signal.signal(number, self._on_signal)
-        watched = _launchers_above()
-        if watched:
-            threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+        if self._above:
+            threading.Thread(target=self._watch, args=(self._above,), daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._ask(signal.Signals(number).name)
@@ -53,15 +61,20 @@ class StopRequest:
     def _ask(self, reason: str) -> None:
         self.asked, self.reason = True, self.reason or reason
 
-    def _watch(self, parents: dict[int, int]) -> None:
+    def _watch(self, parents: Mapping[int, int]) -> None:
         """Looks whether each process still has the parent that it had."""
-        while not self._over.wait(LOOK_EVERY_S):
-            if any(_parent(child) != parent for child, parent in parents.items()):
-                return self._ask("the end of its launcher")
+        while not any(_parent(child) != parent for child, parent in parents.items()):
+            if self._over.wait(LOOK_EVERY_S):
+                return
+        self._ask("the end of its launcher")
 
 
-def _launchers_above() -> dict[int, int]:
-    """Processes and their parents: those that only a launcher's death changes."""
+def launchers_above() -> dict[int, int]:
+    """Processes and their parents: those that only a launcher's death changes.
+
+    To be asked when the process has only just begun: after it has imported and met the others, a
+    launcher may be gone already, and what is above then looks as if it had always been there.
+    """
     launcher = os.getppid()
     words = _command_line(launcher)
     if not any(name in words for name in LAUNCHERS):

@@ -5,7 +5,7 @@ step, micro-batch), so the position is one integer and neither a resume nor anot
 changes what is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .config import Recipe
 from .distributed import start_world, stop_world
 from .engine import commit_batch_statistics
 from .guard import MicroBatch
+from .heartbeat import START, heartbeat
 from .multi_scale import frame_at, rescale
 from .optim import set_hyperparameters, warmup_share
 from .preemption import StopRequest
@@ -27,22 +28,25 @@ from .run import Run
 from .run_lock import sole_writer
 
 
-def train(recipe: Recipe, resume: str = "auto") -> int:
+def train(recipe: Recipe, resume: str = "auto", above: Mapping[int, int] | None = None) -> int:
     """Runs a recipe to its end, or to the signal that ends it earlier.
 
     Args:
         recipe: the whole configuration.
         resume: "auto" (the newest checkpoint that verifies, if any), "never", or a checkpoint.
+        above: `launchers_above()` when the process began; their end is a request to stop.
 
     Returns:
         The exit code: 0, or the recipe's own for a run that was asked to stop.
 
     Raises:
-        RecipeError, DataError, CheckpointError, BackboneError, TrainingError: in one sentence.
+        RecipeError, RunBusyError, DataError, CheckpointError, BackboneError, TrainingError: in one
+            sentence.
     """
+    heartbeat().beat(START)
     world = start_world()
     try:
-        with StopRequest() as stop, sole_writer(Path(recipe.run), lambda: stop.asked):
+        with StopRequest(above) as stop, sole_writer(Path(recipe.run), lambda: stop.asked):
             stopped = train_to_end(Run(recipe, world, resume, stop))
         return recipe.checkpoint.stop_exit_code if stopped else 0
     finally:
@@ -52,6 +56,7 @@ def train(recipe: Recipe, resume: str = "auto") -> int:
 def train_to_end(run: Run) -> bool:
     """Steps to the end, evaluates and saves on the way; returns whether a request cut it short."""
     run.say_what_starts()
+    heartbeat().beat("loading")
     batches, stopped = run.batches(), False
     every = run.recipe.evaluation.every_epochs
     if run.step and run.is_due(every) and run.evaluated_step != run.step:

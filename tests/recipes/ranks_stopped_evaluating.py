@@ -3,7 +3,7 @@
     python ranks_stopped_evaluating.py WHERE RANK RECIPE [OPTION …]
 
 WHERE is `batch`, in the midst of the first evaluation's batches, or `metrics`, when all is
-predicted and the main rank computes.
+predicted and the main rank computes, for ever.
 """
 
 import os
@@ -34,8 +34,15 @@ def at_the_third_call(call: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
+def asks_first(call: Callable[..., Any]) -> Callable[..., Any]:
+    def asked(*arguments: Any) -> Any:
+        ask_to_stop()
+        return call(*arguments)
+
+    return asked
+
+
 def for_ever(*_: Any) -> None:
-    ask_to_stop()
     threading.Event().wait()
 
 
@@ -44,6 +51,9 @@ if __name__ == "__main__":
     module: Any = evaluate
     if os.environ["RANK"] == rank and where == "batch":
         module._forward = at_the_third_call(module._forward)
-    elif os.environ["RANK"] == rank:
+    elif where == "metrics":
         module.coco_metrics = for_ever
+        if os.environ["RANK"] == rank:
+            for name in ("_unless_stopped", "_wait_for_main"):
+                setattr(module, name, asks_first(getattr(module, name)))
     sys.exit(main(["train", "--config", recipe, *options]))

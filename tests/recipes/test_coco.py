@@ -28,6 +28,23 @@ def rows(*values: tuple[float, ...]) -> np.ndarray:
     return np.array(values, np.float32).reshape(-1, 6)
 
 
+def test_only_pycocotools_is_silenced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What another thread says meanwhile is heard."""
+    from pycocotools.cocoeval import COCOeval
+
+    evaluate = COCOeval.evaluate
+
+    def says(self: Any) -> None:
+        print("step 7 is saved")
+        evaluate(self)
+
+    monkeypatch.setattr(COCOeval, "evaluate", says)
+    test_perfect_detections_score_one()
+    assert capsys.readouterr().out == "step 7 is saved\n"
+
+
 def test_perfect_detections_score_one() -> None:
     boxes = [[10, 10, 60, 60], [80, 80, 190, 190]]
     found = rows((10, 10, 60, 60, 0.9, 0), (80, 80, 190, 190, 0.8, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -31,15 +32,24 @@ FOR_EVER = {"epochs": 1000, "warmup_epochs": 1}
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -> None:
+def test_a_signal_sets_the_flag_and_further_ones_are_ignored(number: signal.Signals) -> None:
+    """To the end of the process: they would change its exit code."""
     before = {n: signal.getsignal(n) for n in SIGNALS}
-    with StopRequest() as stop:
-        assert not stop.asked
-        signal.raise_signal(number)
-        assert stop.asked and stop.reason == number.name
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.reason == number.name  # the first
+    with StopRequest():
+        pass
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
+    try:
+        with StopRequest() as stop:
+            assert not stop.asked
+            signal.raise_signal(number)
+            assert stop.asked and stop.reason == number.name
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.reason == number.name  # the first
+        for n in SIGNALS:
+            signal.raise_signal(n)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_a_closed_terminal_does_not_end_what_runs_under_nohup() -> None:
@@ -89,7 +99,7 @@ def evaluated(fork_server: ForkServer, tiny_run: Callable[..., TinyRun]) -> Tiny
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("where", "rank"), [("batch", "1"), ("metrics", "0")])
+@pytest.mark.parametrize(("where", "rank"), [("batch", "1"), ("metrics", "0"), ("metrics", "1")])
 def test_an_evaluation_is_broken_off_and_made_up_for(
     fork_server: ForkServer,
     tiny_run: Callable[..., TinyRun],
@@ -99,10 +109,11 @@ def test_an_evaluation_is_broken_off_and_made_up_for(
 ) -> None:
     """In the first evaluation, after step 9 of 12; and in the last, after which nothing else is."""
     for epochs, stop_step in ((STEPS / 9, 9), (0.67, 6)):
-        run = tiny_run(f"broken-off-{where}-{stop_step}", **EVALUATIONS)
+        run = tiny_run(f"broken-off-{where}-{rank}-{stop_step}", **EVALUATIONS)
         schedule = ["--schedule.epochs", str(epochs)]
         job = fork_server.start(2, EVALUATING, where, rank, str(run.recipe), *schedule)
         assert job.wait() == [0, 0], job.output
+        assert f"step {stop_step} is saved" in job.output
         saved = load_checkpoint(published(run.folder / "checkpoints")[0])
         assert (saved.step, saved.state["evaluated_step"]) == (stop_step, 0), job.output
         assert not is_finished(load_recipe([run.recipe], schedule))
@@ -140,3 +151,40 @@ def test_sigterm_to_the_front_process_leaves_nobody(
     assert saved.step == last_step(run)
     output = train(fork_server, run, 1, "--schedule.epochs", str((saved.step + 1) / 9))
     assert re.search(rf"resuming at step {saved.step} of {saved.step + 1} ", output), output
+
+
+@pytest.mark.process
+def test_a_front_that_is_gone_before_its_ranks_have_met(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """While they import, nobody hears a signal: they find out when they begin."""
+    run = tiny_run("front-at-start", schedule=FOR_EVER, checkpoint={"every_steps": 1000})
+    process = run.start("deepspeed")
+    deadline_s = time.monotonic() + 60
+    while not any(imports_torch(rank) for rank in ranks_of(run)):
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.01)  # between two looks
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    while left := processes_with(str(run.recipe)):
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.05)  # between two looks
+    [newest] = published(run.folder / "checkpoints")
+    assert load_checkpoint(newest).step <= 2
+
+
+def ranks_of(run: TinyRun) -> list[Path]:
+    """The folders in /proc of those processes of a run that are no launchers."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = line.read_text().split("\0")
+            if str(run.recipe) in words and not any("deepspeed" in word for word in words):
+                found.append(line.parent)
+    return found
+
+
+def imports_torch(process: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "libtorch" in (process / "maps").read_text()
+    return False
