@@ -167,6 +167,14 @@ class ChunkCache:
             os.close(file)  # and the lock is off
 
 
+def used_bytes(folder: Path) -> int:
+    """The bytes that all chunks of a cache folder take; 0 where nobody knows."""
+    try:
+        return int((folder / "chunks" / "usage").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
 def _entries(folder: str | Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:

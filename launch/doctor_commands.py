@@ -5,10 +5,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .parser import Commands, add_command, positive
+from .parser import Commands, add_command, port, positive, whole_number
 from .recipe_options import RECIPE_KEYS, add_recipe_options
+
+if TYPE_CHECKING:  # `--help` imports no recipe
+    from .doctor.setup import Setup
 
 _EPILOG = """Each finding is a line: severity, where, what, why it matters, the mend.
 Exit code 0: the run may start, there are warnings at most; 1: there is an error; 2: the doctor was
@@ -46,9 +49,16 @@ def _doctor(commands: Commands) -> None:
         "--master-addr", metavar="HOST", help="where the ranks meet; default: the first host"
     )
     parser.add_argument(
-        "--master-port", type=positive, default=29500, metavar="N", help="default 29500"
+        "--master-port", type=port, default=29500, metavar="N", help="default 29500"
     )
-    parser.add_argument("--ssh-port", type=positive, metavar="N", help="default: ssh's own")
+    parser.add_argument(
+        "--node-rank",
+        type=whole_number,
+        metavar="K",
+        help="which host this is, from 0, where ssh does not reach the others: the port must be "
+        "free on host 0, and --master-addr be found from all",
+    )
+    parser.add_argument("--ssh-port", type=port, metavar="N", help="default: ssh's own")
     parser.add_argument(
         "--env",
         action="append",
@@ -61,12 +71,15 @@ def _doctor(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from ..recipes.figures import check_writable
     from ..recipes.files import write_whole
     from .doctor.examine import examine_all
     from .doctor.findings import exit_code, format_findings
     from .doctor.setup import Setup
 
     _check_world_size(options)
+    if options.json:
+        check_writable(options.json)
     setup = Setup(
         configs=options.config,
         options=options.rest,
@@ -76,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         world_size=options.world_size,
         master_address=options.master_addr,
         master_port=options.master_port,
+        node_rank=options.node_rank,
         ssh_port=options.ssh_port,
         env=options.env,
     )
@@ -99,6 +113,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_world_size(options: argparse.Namespace) -> None:
     """Ends the program where the ranks of all hosts contradict the other options."""
+    if options.node_rank is not None and (options.hostfile or not options.master_addr):
+        options.parser.error(
+            "--node-rank is of hosts that ssh does not reach: give it with --master-addr of host "
+            "0, and without --hostfile"
+        )
     all_ranks, here = options.world_size, options.processes or 1
     if all_ranks and options.hostfile:
         options.parser.error("--world-size and --hostfile both count all ranks; give one of them")
@@ -109,44 +128,65 @@ def _check_world_size(options: argparse.Namespace) -> None:
         )
 
 
-def ask_about_launch(options: argparse.Namespace) -> None:
+def ask_about_launch(options: argparse.Namespace, here: bool = True) -> None:
     """What `launch` asks before it starts anything. Warnings are only told.
 
     Args:
-        options: of `launch`.
+        options: of `launch`, which its launcher found right.
+        here: whether the ranks, or the program that starts them, run on this machine.
 
     Raises:
         LaunchError: the run would fail; the reasons were printed.
     """
     from .doctor.examine import examine
     from .doctor.findings import exit_code, format_findings
-    from .doctor.setup import Setup
-    from .hostfile import read_hostfile
     from .job import LaunchError
 
+    findings = examine(_launch_setup(options, here))
+    if findings:
+        print(format_findings(findings), file=sys.stderr, flush=True)
+    if exit_code(findings):
+        raise LaunchError("the doctor found errors, see above; mend them, or add --no-doctor")
+
+
+def _launch_setup(options: argparse.Namespace, here: bool) -> "Setup":
+    from .doctor.setup import Setup
+    from .hostfile import read_hostfile
+    from .job import gpus_here
+
     hostfile: Path | None = getattr(options, "hostfile", None)
-    processes = getattr(options, "processes", getattr(options, "processes_per_node", None))
-    world_size = processes * getattr(options, "nodes", 1) if processes else None
-    if hostfile and getattr(options, "no_ssh", False):  # others look at the other hosts
-        slots = list(read_hostfile(hostfile).values())
-        hostfile, processes, world_size = None, slots[options.node_rank], sum(slots)
-    setup = Setup(
+    processes: int | None = getattr(options, "processes", None)
+    world_size = node_rank = None
+    address, port = getattr(options, "master_addr", None), getattr(options, "master_port", 29500)
+    option = "--master-port"
+    if hostfile and options.no_ssh:  # others look at the other hosts
+        slots, node_rank = read_hostfile(hostfile), options.node_rank
+        address = address or next(iter(slots)).rpartition("@")[2]
+        world_size, processes = sum(slots.values()), list(slots.values())[node_rank]
+        hostfile = None
+    elif hasattr(options, "nodes"):  # slurm, torchrun, accelerate
+        processes = options.processes_per_node or gpus_here() or 1
+        world_size = processes * options.nodes
+        if here and options.nodes > 1:  # one host alone picks a port that is free
+            node_rank = options.node_rank
+            address, _, number = options.master.rpartition(":")
+            port = int(number)
+            option = "--rdzv-endpoint" if hasattr(options, "rdzv_id") else "--master"
+    return Setup(
         configs=options.config,
         options=options.rest,
         resume=options.resume,
         hostfile=hostfile,
         processes=processes,
         world_size=world_size,
-        master_address=getattr(options, "master_addr", None),
-        master_port=getattr(options, "master_port", 29500),
+        master_address=address,
+        master_port=port,
+        master_option=option,
+        node_rank=node_rank,
+        elsewhere=not here,
         ssh_port=getattr(options, "ssh_port", None),
         env=getattr(options, "env", ()),
     )
-    findings = examine(setup)
-    if findings:
-        print(format_findings(findings), file=sys.stderr, flush=True)
-    if exit_code(findings):
-        raise LaunchError("the doctor found errors, see above; mend them, or add --no-doctor")
 
 
 COMMANDS = (_doctor,)

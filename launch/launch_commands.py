@@ -65,18 +65,18 @@ def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: b
             metavar="N",
             help=f"start a job that failed again from its newest checkpoint{without}; default 0",
         )
-        parser.add_argument(
-            "--no-doctor",
-            action="store_true",
-            help="start without looking for reasons why it would fail",
-        )
+    parser.add_argument(
+        "--no-doctor",
+        action="store_true",
+        help="start without looking for reasons why it would fail",
+    )
 
     def run(options: argparse.Namespace) -> None:
         if options.plan:
             return plan_launch(options)
-        if here and not (options.dry_run or options.no_doctor):
+        if not (options.dry_run or options.no_doctor):
             render(options)  # what is wrong with the command itself is told at once
-            ask_about_launch(options)
+            ask_about_launch(options, here)
         from .command import Command
         from .job import LaunchError
         from .supervision.supervise import run
@@ -188,6 +188,8 @@ def _add_master(parser: Parser, default: str) -> None:
 _SLURM_EPILOG = """
 Writes a job script and the recipe as it is now to RUN/launch/, and submits it. The job publishes a
 checkpoint when Slurm is about to end it, and goes back into the queue until the run is finished.
+Before that the doctor looks at recipe, batch, shards, weights, run folder and --resume, as this
+host sees them, and at nothing else; if the job's hosts alone have some of it, give --no-doctor.
 """
 
 

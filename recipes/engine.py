@@ -17,6 +17,7 @@ from .config import Recipe, RecipeError
 from .distributed import World
 from .optim import build_optimizer, freeze
 from .precision import autocast_fp16
+from .shares import fitting_ranks
 
 
 def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
@@ -28,7 +29,7 @@ def batch_plan(recipe: Recipe, world: World) -> BatchPlan:
     total, micro = recipe.batch.global_size, recipe.batch.micro
     parts = total // micro
     if parts % world.size:
-        fitting = [str(n) for n in range(1, parts + 1) if parts % n == 0]
+        fitting = map(str, fitting_ranks(total, micro))
         raise RecipeError(
             f"batch.global = {total} in micro-batches of {micro} makes {parts} of them, which "
             f"{world.size} processes can't share equally; start {' or '.join(fitting)} processes, "

@@ -32,6 +32,7 @@ from .optim import moment_names
 from .plan_memory import Memory, Zero, memory, zero_options
 from .plan_model import ModelFacts, model_facts
 from .plan_traffic import Collective, sent_bytes, traffic
+from .shares import fitting_globals, fitting_micro
 from .utilization import PASSES
 
 STAGES = (0, 1, 2, 3)
@@ -197,11 +198,8 @@ def _needs(recipe: Recipe, world: int) -> str:
     total, micro = recipe.batch.global_size, recipe.batch.micro
     if total // micro % world == 0:
         return ""
-    larger = math.ceil(total / (micro * world)) * micro * world
-    ways = [f"--batch.global {larger}"]
-    if total % world == 0:
-        part = total // world
-        fitting = max(n for n in range(1, min(micro, part) + 1) if part % n == 0)
+    ways = [f"--batch.global {fitting_globals(total, micro, world)[-1]}"]
+    if fitting := fitting_micro(total, micro, world):
         ways.append(f"--batch.micro {fitting}")
     return " or ".join(ways)
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .facts import Shards
+from .facts import CacheFolder, Shards
+from .folders import existing, free_bytes, unwritable
 
 CHUNKS = 6  # that are read in full, from as many shards as there are
 
@@ -33,7 +34,7 @@ def shards(location: str, cache: Mapping[str, Any]) -> Shards:
         reader = ShardReader(location, options)
         manifest = reader.manifest
         found.fingerprint, found.samples = manifest.fingerprint, manifest.samples
-        found.shards = len(manifest.shards)
+        found.shards, found.bytes = len(manifest.shards), manifest.bytes
         found.classes = [f"{category.id} {category.name}" for category in manifest.classes]
         if not is_url(location):
             found.missing = manifest.missing(Path(location))
@@ -53,6 +54,27 @@ def shards(location: str, cache: Mapping[str, Any]) -> Shards:
     except DataError as error:
         found.error = str(error)
     return found
+
+
+def cache_folder(data: Mapping[str, Any]) -> CacheFolder | None:
+    """Where chunks of shards are kept; None where no shards lie at a URL.
+
+    Args:
+        data: the recipe's section.
+    """
+    from ...data_prep.cache import used_bytes
+    from ...data_prep.remote import is_url
+
+    if not any(is_url(data[split]) for split in ("train", "val")):
+        return None
+    folder = Path(data["cache"]).expanduser()
+    place = existing(folder / "chunks")
+    return CacheFolder(
+        place=str(place),
+        error=unwritable(place),
+        free_bytes=free_bytes(place),
+        used_bytes=used_bytes(folder),
+    )
 
 
 def some_chunks(chunks: list[int]) -> list[tuple[int, int]]:

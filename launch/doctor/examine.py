@@ -16,7 +16,7 @@ from pathlib import Path
 from ...recipes.config import Recipe, RecipeError
 from ...recipes.load import load_recipe, recipe_path
 from ..hostfile import read_hostfile
-from ..job import LaunchError, fitting, rank_environment
+from ..job import LaunchError, fitting, given_environment, rank_environment
 from ..launchers import deepspeed_env
 from .environment import (
     check_accelerator,
@@ -28,7 +28,7 @@ from .facts import RecipeFacts
 from .findings import Finding, error, from_sentence, merged
 from .hosts import compare_hosts, compare_recipes
 from .interview import Interview, Open, open_session
-from .machine import check_host, check_room, check_trackers
+from .machine import check_disk, check_host, check_room, check_shared, check_trackers
 from .network import check_own_names
 from .recipe import (
     check_batch,
@@ -80,6 +80,7 @@ def _examine(setup: Setup, say: Say, start: Open) -> Examination:
         if recipe:
             interview.ask_about_recipe(configs, setup.world_size or sum(hosts.values()))
         interview.ask_for_facts(found, recipe)
+        interview.look_at_master(found)
         _judge_hosts(setup, recipe, environment, found)
         unnamed = check_own_names(found.facts, environment)
         found.findings += unnamed
@@ -90,7 +91,7 @@ def _examine(setup: Setup, say: Say, start: Open) -> Examination:
         if recipe:
             found.needs = interview.recipe_facts(found)
     if recipe and found.needs:
-        _judge_needs(recipe, found.needs, found)
+        _judge_needs(setup, recipe, found.needs, found)
     return found
 
 
@@ -143,14 +144,17 @@ def _environment(setup: Setup) -> list[Finding]:
 
 
 def _rank_environment(setup: Setup, found: Examination) -> dict[str, str]:
-    """What ranks on other hosts are given; nothing for this machine, which has it all."""
+    """What ranks are given: on other hosts all they need, here what is beside our environment."""
+    given = []
+    for word in setup.env:
+        try:
+            given_environment([word], os.environ)
+            given.append(word)
+        except LaunchError as mistake:
+            found.findings.append(from_sentence("--env", str(mistake), "the ranks would lack it"))
     if setup.hostfile is None:
-        return {}
-    try:
-        return rank_environment(setup.env, {**deepspeed_env(os.environ), **os.environ})
-    except LaunchError as mistake:
-        found.findings.append(from_sentence("--env", str(mistake), "the ranks would lack it"))
-        return rank_environment((), os.environ)
+        return given_environment(given, os.environ)
+    return rank_environment(given, {**deepspeed_env(os.environ), **os.environ})
 
 
 def _judge_hosts(
@@ -159,12 +163,17 @@ def _judge_hosts(
     """Every host by itself, and all of them together."""
     findings, facts = found.findings, found.facts
     for host, its in facts.items():
-        if setup.hostfile is None and not setup.processes:
-            gpus = its.torch_gpus or 0
-            found.hosts[host] = fitting(recipe, gpus) if gpus and recipe else 1
+        if setup.elsewhere:
+            findings += check_shared(host, its, recipe) if recipe else []
+            continue
+        if setup.hostfile is None:
+            environment = {**os.environ, **environment}
+            if not setup.processes:
+                gpus = its.torch_gpus or 0
+                found.hosts[host] = fitting(recipe, gpus) if gpus and recipe else 1
         if recipe:
             findings += check_host(host, its, found.hosts[host], recipe)
-        findings += check_interfaces(host, environment or os.environ, its.interfaces)
+        findings += check_interfaces(host, environment, its.interfaces)
         findings += check_accelerator(host, its.accelerator, len(its.gpus))
     findings += compare_hosts(facts)
     if not recipe:
@@ -176,7 +185,7 @@ def _judge_hosts(
     findings += check_batch(recipe, world_size, what)
     first = next(iter(facts.values()), None)
     if first:
-        findings += check_trackers(next(iter(facts)), first)
+        findings += [] if setup.elsewhere else check_trackers(next(iter(facts)), first)
         read = {"train": first.train, "val": first.val}
         counts = {name: (s.samples, s.shards) for name, s in read.items() if s}
         findings += check_samples(recipe, world_size, counts)
@@ -186,10 +195,13 @@ def _judge_hosts(
         findings += check_resume(setup.resume, checkpoints, recipe.run)
 
 
-def _judge_needs(recipe: Recipe, needs: RecipeFacts, found: Examination) -> None:
+def _judge_needs(setup: Setup, recipe: Recipe, needs: RecipeFacts, found: Examination) -> None:
     """What follows from the sizes of the model."""
     if needs.error and not any("deepspeed.options" in f.where for f in found.findings):
         found.findings.append(from_sentence("recipe", needs.error, "every rank would refuse it"))
     found.findings += check_ignored(needs.ignored)
     for host, its in found.facts.items():
-        found.findings += check_room(host, its, found.hosts[host], recipe, needs)
+        if setup.elsewhere:
+            found.findings += check_disk(host, its, recipe, needs)
+        else:
+            found.findings += check_room(host, its, found.hosts[host], recipe, needs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-PROTOCOL = 1  # of questions and answers; raised when old and new can't understand each other
+PROTOCOL = 2  # of questions and answers; raised when old and new can't understand each other
 
 
 class Gpu(BaseModel):
@@ -32,6 +32,7 @@ class Shards(BaseModel):
     classes: list[str] = []
     samples: int = 0
     shards: int = 0
+    bytes: int = 0  # of all shards
     missing: list[str] = []  # sentences about shards that are absent or of another size
     damaged: list[str] = []  # sentences about what was read of a few
     read: str = ""  # sha256 of what was read of a few
@@ -45,6 +46,16 @@ class RunFolder(BaseModel):
     free_bytes: int = 0
     checkpoints: int = 0
     has_token: bool | None = None  # whether the first host's file is seen; None: not looked
+    resume_error: str = ""  # a sentence: --resume finds nothing to go on from
+
+
+class CacheFolder(BaseModel):
+    """Where chunks of shards at URLs are kept, or the nearest folder above it that exists."""
+
+    place: str
+    error: str = ""  # it can't be written
+    free_bytes: int = 0
+    used_bytes: int = 0  # by chunks that are there already
 
 
 class HostFacts(BaseModel):
@@ -66,6 +77,7 @@ class HostFacts(BaseModel):
     accelerator: str = ""  # DS_ACCELERATOR
     torch_gpus: int | None = None  # that torch can use; None: not asked
     run: RunFolder | None = None
+    cache: CacheFolder | None = None  # None: no shards lie at a URL
     shm_free_bytes: int = 0
     cores: int = 0
     port_range: tuple[int, int] = (32768, 60999)  # from which the kernel takes ports

@@ -1,6 +1,7 @@
 """Facts of this host, gathered without a judgement and without torch, which takes seconds.
 
-Torch is asked only where there is a GPU. Nothing here fails: what can't be found out is a fact too.
+Torch is imported only where there is a GPU or a checkpoint. Nothing here fails: what can't be found
+out is a fact too.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,8 @@ from typing import Any
 from ...recipes.config import Recipe, RecipeError
 from ...recipes.load import load_recipe
 from .facts import Gpu, HostFacts, RunFolder
+from .folders import existing, free_bytes, unwritable
+from .resume import published_in, resume_error
 
 PACKAGES = ("convnext-yolo", "torch", "torchvision", "deepspeed", "timm", "numpy")
 ROOMS = ("model", "data_prep", "recipes", "launch")
@@ -30,7 +32,11 @@ TOKEN_S = 4.0  # for a file to be seen over a network file system
 
 
 def host_facts(
-    configs: Sequence[str], options: Sequence[str], token: str = "", patience_s: float = 5.0
+    configs: Sequence[str],
+    options: Sequence[str],
+    token: str = "",
+    patience_s: float = 5.0,
+    resume: str = "auto",
 ) -> HostFacts:
     """Everything about this host that a run of these recipe files depends on.
 
@@ -39,6 +45,7 @@ def host_facts(
         options: `--key.sub value` words.
         token: a file that the first host has left in the run's folder.
         patience_s: how long a host of shards may stay away.
+        resume: as `train` takes it.
     """
     facts = HostFacts(
         machine=_machine(),
@@ -61,13 +68,14 @@ def host_facts(
     except RecipeError as error:
         facts.recipe_error = str(error)
         return facts
-    _add_recipe(facts, recipe, token, patience_s)
+    _add_recipe(facts, recipe, patience_s)
+    facts.run = run_folder(Path(recipe.run), token, resume)
     return facts
 
 
-def _add_recipe(facts: HostFacts, recipe: Recipe, token: str, patience_s: float) -> None:
+def _add_recipe(facts: HostFacts, recipe: Recipe, patience_s: float) -> None:
     """What the recipe names, as this host finds it."""
-    from .data import shards
+    from .data import cache_folder, shards
     from .trackers import trackers
 
     facts.recipe = recipe.model_dump(mode="json", by_alias=True)
@@ -77,29 +85,25 @@ def _add_recipe(facts: HostFacts, recipe: Recipe, token: str, patience_s: float)
     backbone = getattr(recipe.model, "backbone", None)
     named = (recipe.model.weights, getattr(backbone, "weights", None))
     facts.missing_files = [file for file in named if file and not Path(file).is_file()]
-    facts.run = run_folder(Path(recipe.run), token)
+    facts.cache = cache_folder(cache)
     facts.trackers = trackers(recipe.tracking)
 
 
-def run_folder(run: Path, token: str = "") -> RunFolder:
-    """Whether the run can write, how much, and whether it sees what the first host writes."""
+def run_folder(run: Path, token: str = "", resume: str = "auto") -> RunFolder:
+    """Whether the run can write, how much, and whether it sees what the first host writes.
+
+    Args:
+        run: the run's folder.
+        token: a file that the first host has left there.
+        resume: as `train` takes it.
+    """
     place = existing(run)
-    found = RunFolder(place=str(place), free_bytes=shutil.disk_usage(place).free)
-    found.checkpoints = len(list((run / "checkpoints").glob("step-*")))
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
-            file.write(b"can this be written?")
-            file.flush()
-    except OSError as error:
-        found.error = error.strerror or str(error)
+    found = RunFolder(place=str(place), free_bytes=free_bytes(place), error=unwritable(place))
+    found.checkpoints = len(published_in(run))
+    found.resume_error = resume_error(run, resume)
     if token:
         found.has_token = _is_seen(Path(token))
     return found
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), Path("/"))
 
 
 def _is_seen(token: Path) -> bool:
@@ -127,7 +131,7 @@ def _own_address() -> str:
 
 def _shm_free_bytes() -> int:
     with contextlib.suppress(OSError):
-        return shutil.disk_usage("/dev/shm").free
+        return free_bytes(Path("/dev/shm"))
     return 0  # a container may have none
 
 

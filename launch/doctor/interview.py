@@ -20,7 +20,7 @@ from .facts import HostFacts, Meeting, RecipeFacts
 from .findings import Finding
 from .machine import check_skew
 from .meeting import bandwidth_gbit
-from .network import check_address, check_meeting, check_port, check_start
+from .network import check_address, check_meeting, check_name, check_port, check_start
 from .session import ProbeError, ProbeSession, Session, greet, ssh_words
 from .setup import HERE, Examination, Say, Setup
 
@@ -108,7 +108,7 @@ class Interview:
             self._ask_for_clocks(found)
         self.say("reading shards, disks and devices")
         request: dict[str, Any] = {"configs": list(self.configs)}
-        request["options"] = list(self.setup.options)
+        request |= {"options": list(self.setup.options), "resume": self.setup.resume}
         if len(self.sessions) > 1 and recipe:
             request["token"] = self._leave_token(recipe)
         for host, answer in self._ask_all("facts", FACTS_S, found, **request).items():
@@ -162,6 +162,26 @@ class Interview:
     def _drop(self, host: str, finding: Finding, found: Examination) -> None:
         found.findings.append(finding)
         self.sessions.pop(host).close()
+
+    def look_at_master(self, found: Examination) -> None:
+        """Where ranks meet that are started by hand: the port on host 0, its name on all."""
+        session, setup = self.sessions.get(HERE), self.setup
+        if setup.node_rank is None or session is None:
+            return
+        address, port = setup.master_address or "localhost", setup.master_port
+        is_first = setup.node_rank == 0
+        session.send("master", address=address, port=port, is_first=is_first)
+        try:
+            answer = session.receive(PORT_S)
+        except ProbeError as silence:
+            self._drop(HERE, _silent(HERE, "master", silence), found)
+            return
+        found.findings += check_name(HERE, address, str(answer["unknown"]))
+        if is_first:
+            range_ = found.facts[HERE].port_range
+            found.findings += check_port(
+                HERE, port, str(answer["busy"]), range_, setup.master_option
+            )
 
     def try_to_meet(self, found: Examination, master: str, is_worth_it: bool) -> None:
         """The port of the first host, then, if it is worth it, an all-reduce over all hosts."""
@@ -217,6 +237,7 @@ def _silent(host: str, question: str, silence: ProbeError) -> Finding:
         "meet": "the all-reduce",
         "connect": "calling the first host",
         "listen": "taking the master port",
+        "master": "looking for the place to meet",
     }.get(question, question)
     what = f"no answer while {doing}: {silence.said}"
     why = "a rank would hang or end there as well"

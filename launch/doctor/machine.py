@@ -1,5 +1,7 @@
 """What can be wrong with one host by itself: its facts in, findings out."""
 
+from dataclasses import replace
+
 from ...recipes.config import Recipe
 from .facts import Gpu, HostFacts, RecipeFacts, Shards
 from .findings import Finding, error, from_sentence, several, warning
@@ -31,6 +33,7 @@ def check_host(host: str, facts: HostFacts, slots: int, recipe: Recipe) -> list[
     ]
     found += _gpus(host, facts, slots, recipe)
     found += _files(host, facts, recipe)
+    found += _cache(host, facts, recipe)
     if slots > facts.cores and not facts.gpus:
         found.append(
             warning(
@@ -45,6 +48,12 @@ def check_host(host: str, facts: HostFacts, slots: int, recipe: Recipe) -> list[
         mend = "install gcc there, or set deepspeed.compile to false"
         found.append(error(host, what, "torch.compile calls one", mend))
     return found
+
+
+def check_shared(host: str, facts: HostFacts, recipe: Recipe) -> list[Finding]:
+    """What the hosts of a job share with this one, which only submits it."""
+    elsewhere = " (or, if only the job's hosts have it, add --no-doctor)"
+    return [replace(f, mend=f.mend + elsewhere) for f in _files(host, facts, recipe)]
 
 
 def check_trackers(host: str, facts: HostFacts) -> list[Finding]:
@@ -77,6 +86,24 @@ def check_room(
     host: str, facts: HostFacts, slots: int, recipe: Recipe, needs: RecipeFacts
 ) -> list[Finding]:
     """Disk for checkpoints, and /dev/shm for the loaders."""
+    found = check_disk(host, facts, recipe, needs)
+    wanted = needs.shm_bytes * slots
+    if wanted > facts.shm_free_bytes:
+        found.append(
+            error(
+                host,
+                f"/dev/shm has {_size(facts.shm_free_bytes)} free, the loaders of {slots} rank(s) "
+                f"take {_size(wanted)}",
+                "a rank would end with a bus error or a sentence about shared memory",
+                "give it more (of Docker: --shm-size, of Kubernetes: an emptyDir of Memory), or "
+                "set data.workers to 0",
+            )
+        )
+    return found
+
+
+def check_disk(host: str, facts: HostFacts, recipe: Recipe, needs: RecipeFacts) -> list[Finding]:
+    """Disk for checkpoints."""
     found = []
     run, kept = facts.run, recipe.checkpoint
     if run and not run.error:
@@ -93,19 +120,33 @@ def check_room(
                     "make room, set run to another disk, or lower checkpoint.keep",
                 )
             )
-    wanted = needs.shm_bytes * slots
-    if wanted > facts.shm_free_bytes:
-        found.append(
-            error(
-                host,
-                f"/dev/shm has {_size(facts.shm_free_bytes)} free, the loaders of {slots} rank(s) "
-                f"take {_size(wanted)}",
-                "a rank would end with a bus error or a sentence about shared memory",
-                "give it more (of Docker: --shm-size, of Kubernetes: an emptyDir of Memory), or "
-                "set data.workers to 0",
-            )
-        )
     return found
+
+
+def _cache(host: str, facts: HostFacts, recipe: Recipe) -> list[Finding]:
+    """Disk for what is fetched of shards at URLs: their size or the bound, less what is there."""
+    cache = facts.cache
+    if not cache:
+        return []
+    read = [shards for shards in (facts.train, facts.val) if shards and "://" in shards.location]
+    mend = "set data.cache to a folder on a disk of the host's own with room"
+    if cache.error:
+        if any("the cache folder" in shards.error for shards in read):
+            return []  # told already
+        what = f"data.cache: {cache.place} can't be written ({cache.error})"
+        return [error(host, what, "every rank would end at once", mend)]
+    wanted = recipe.data.cache_gib * GIB
+    if read and all(shards.bytes for shards in read):
+        wanted = min(wanted, sum(shards.bytes for shards in read))
+    wanted -= cache.used_bytes
+    if wanted <= cache.free_bytes:
+        return []
+    what = (
+        f"data.cache: {cache.place} has {_size(cache.free_bytes)} free, {_size(wanted)} are still "
+        "to come there"
+    )
+    why = "what it can't keep is fetched again in every epoch, and a full disk may stop others"
+    return [warning(host, what, why, f"make room, {mend}, or lower data.cache_gib")]
 
 
 def _size(count: float) -> str:
@@ -189,6 +230,8 @@ def _files(host: str, facts: HostFacts, recipe: Recipe) -> list[Finding]:
         shards: Shards | None = getattr(facts, split)
         if shards:
             found += _shards(host, f"data.{split} = {shards.location}", shards)
+    if facts.run and facts.run.resume_error:
+        found.append(from_sentence(host, facts.run.resume_error, "every rank would end at once"))
     if facts.run and facts.run.error:
         what = f"run: {facts.run.place} can't be written ({facts.run.error})"
         mend = "set run to a folder that this user may write"
@@ -199,7 +242,8 @@ def _files(host: str, facts: HostFacts, recipe: Recipe) -> list[Finding]:
 def _shards(host: str, where: str, shards: Shards) -> list[Finding]:
     if shards.error:
         why = "every rank reads all shards"
-        return [from_sentence(host, f"{where}: {shards.error}", why)]
+        sentence = shards.error.removeprefix(f"{shards.location}: ")
+        return [from_sentence(host, f"{where}: {sentence}", why)]
     found = []
     if shards.missing:
         names = f"{_without_mend(shards.missing[0])} ({len(shards.missing)} such shard(s))"

@@ -22,16 +22,48 @@ ENOUGH_S = 0.5  # of one all-reduce: then no larger one is tried
 
 def listen(port: int) -> tuple[socket.socket | None, str]:
     """Takes a port of all addresses; the second is why it can't be had."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = _socket()
     try:
         listener.bind(("", port))
         listener.listen(128)
     except OSError as error:
         listener.close()
-        user = _user_of(port)
-        return None, (error.strerror or str(error)) + (f" by {user}" if user else "")
+        return None, _why_busy(port, error)
     return listener, ""
+
+
+def find_busy(port: int) -> str:
+    """Why a port of all addresses can't be had; empty if it can.
+
+    Calls are not answered meanwhile: ranks on other hosts may be trying already, and would take
+    us for the first host.
+    """
+    with _socket() as found:
+        try:
+            found.bind(("", port))
+        except OSError as error:
+            return _why_busy(port, error)
+    return ""
+
+
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
+
+
+def _why_busy(port: int, error: OSError) -> str:
+    user = _user_of(port)
+    return (error.strerror or str(error)) + (f" by {user}" if user else "")
+
+
+def find_unknown(address: str) -> str:
+    """Why a host's name or address leads nowhere from here; empty if it leads somewhere."""
+    try:
+        socket.getaddrinfo(address.strip("[]"), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""
 
 
 def connect(address: str, port: int) -> str:

@@ -62,17 +62,38 @@ def check_start(host: str, silence: ProbeError, python: str) -> Finding:
     return error(host, f"no probe could be started there: {silence.said}", why, mend)
 
 
-def check_port(host: str, port: int, busy: str, range_: tuple[int, int]) -> list[Finding]:
-    """The port on which the ranks meet, on the first host."""
+def check_port(
+    host: str, port: int, busy: str, range_: tuple[int, int], option: str = "--master-port"
+) -> list[Finding]:
+    """The port on which the ranks meet, on the first host.
+
+    Args:
+        host: the first one.
+        port: there.
+        busy: why it can't be taken.
+        range_: of the ports that its kernel gives away.
+        option: by which another is given.
+    """
     if busy:
         what = f"port {port} can't be taken: {busy}"
-        mend = "end what uses it, or give another --master-port"
+        mend = f"end what uses it, or give another {option}"
         return [error(host, what, "the ranks meet there", mend)]
     if range_[0] <= port <= range_[1]:
         what = f"port {port} is among those that the kernel gives away ({range_[0]}-{range_[1]})"
-        mend = f"give a --master-port below {range_[0]}"
+        mend = f"give a port below {range_[0]}: {option}"
         return [warning(host, what, "it may be taken when the ranks want to meet there", mend)]
     return []
+
+
+def check_name(host: str, address: str, unknown: str) -> list[Finding]:
+    """The name of the first host, as a host that is started by hand finds it."""
+    if not unknown:
+        return []
+    what = f"{address} can't be found ({unknown})"
+    mend = "give the first host's address instead, or add its name to DNS or /etc/hosts"
+    return [
+        error(host, what, "the ranks meet at that host, and those here would wait or end", mend)
+    ]
 
 
 def check_address(first: str, address: str, port: int, errors: Mapping[str, str]) -> list[Finding]:

@@ -38,6 +38,7 @@ class Probe:
             "listen": self.listen,
             "connect": self.connect,
             "meet": self.meet,
+            "master": self.master,
         }
         details = {name: value for name, value in request.items() if name != "ask"}
         return questions[request["ask"]](**details)
@@ -57,7 +58,7 @@ class Probe:
 
     def leave_token(self, run: str, name: str) -> dict[str, Any]:
         """Leaves a file that the other hosts look for."""
-        from .host import existing
+        from .folders import existing
 
         token = existing(Path(run)) / name
         try:
@@ -100,6 +101,12 @@ class Probe:
             self.listener.close()
             self.listener = None
         return meet(**request).model_dump()
+
+    def master(self, address: str, port: int, is_first: bool) -> dict[str, Any]:
+        """Looks at the place where ranks meet that are started by hand."""
+        from .meeting import find_busy, find_unknown
+
+        return {"busy": find_busy(port) if is_first else "", "unknown": find_unknown(address)}
 
     def close(self) -> None:
         """Leaves nothing behind."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...recipes.config import Recipe
+from ...recipes.shares import fitting_globals, fitting_micro, fitting_ranks
 from .findings import Finding, error, several, warning
 
 # What DeepSpeed 0.19 has no more (its runtime/config.py), and what to write instead.
@@ -41,11 +42,11 @@ def check_batch(recipe: Recipe, world_size: int, what: str) -> list[Finding]:
     parts = total // micro
     if parts % world_size == 0:
         return []
-    sizes = [n for n in range(1, parts + 1) if parts % n == 0]
+    sizes = fitting_ranks(total, micro)
     fewer = max(n for n in sizes if n < world_size)
-    step = world_size * micro
-    below, above = total // step * step, -(-total // step) * step
-    globals_ = " or ".join(str(n) for n in (below, above) if n)
+    others = " or ".join(map(str, fitting_globals(total, micro, world_size)))
+    if fitting := fitting_micro(total, micro, world_size):
+        others += f" or batch.micro to {fitting}"
     return [
         error(
             what,
@@ -53,7 +54,7 @@ def check_batch(recipe: Recipe, world_size: int, what: str) -> list[Finding]:
             f"which makes {parts}",
             "every rank must have equally many of them in a step",
             f"start {fewer} ranks (all that divide: {', '.join(map(str, sizes))}), or set "
-            f"batch.global to {globals_}",
+            f"batch.global to {others}",
         )
     ]
 

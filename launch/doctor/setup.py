@@ -25,6 +25,11 @@ class Setup:
             of the hostfile, or of this machine.
         master_address: of the first host; by default its name in the hostfile.
         master_port: where the ranks meet.
+        master_option: by which the launcher is given another place to meet.
+        node_rank: which host this is, where each is started by hand; None: it is the only one, or
+            all are reached by ssh.
+        elsewhere: the ranks run on other hosts, which nobody knows yet: nothing is said of this one
+            but what they share with it.
         ssh_port: where it is not ssh's own.
         env: `NAME=VALUE` or `NAME` for the ranks.
     """
@@ -37,6 +42,9 @@ class Setup:
     world_size: int | None = None
     master_address: str | None = None
     master_port: int = 29500
+    master_option: str = "--master-port"
+    node_rank: int | None = None
+    elsewhere: bool = False
     ssh_port: int | None = None
     env: Sequence[str] = ()
 

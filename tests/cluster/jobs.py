@@ -72,7 +72,7 @@ class Job:
                 ["--nodes", "2", "--gpus-per-node", "0", "--time", "60", "--warning-s", "20"],
             ),
         }[self.launcher]
-        if not self.doctor and launcher != "slurm":
+        if not self.doctor:
             more = [*more, "--no-doctor"]
         program = [str(Path(sys.executable).with_name("convnext-yolo")), "launch", launcher]
         return [*program, "--config", str(self.run.recipe), *more]

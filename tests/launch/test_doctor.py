@@ -152,10 +152,21 @@ def test_one_host_of_several_is_asked_about_all_ranks(
     capsys.readouterr()
     assert doctor(*words, "--world-size", "6") == 1
     assert "error   6 processes: 6 ranks can't share batch.global = 8 " in capsys.readouterr().out
-    for wrong in (["--processes", 2, "--world-size", 1], ["--hostfile", "h", "--world-size", 4]):
+    first = ["--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port"]
+    port = healthy.setup.master_port
+    with socket.create_server(("", port)):
+        assert doctor(*words, *first, port) == 1
+    assert f"error   here: port {port} can't be taken: " in capsys.readouterr().out
+    for wrong in (
+        ["--master-port", 99999],
+        ["--processes", 2, "--world-size", 1],
+        ["--hostfile", "h", "--world-size", 4],
+        ["--node-rank", 0],
+        ["--hostfile", "h", "--node-rank", 0, "--master-addr", "a"],
+    ):
         with pytest.raises(SystemExit) as stop:
             doctor("--config", "recipe.yaml", *wrong)
-        assert stop.value.code == 2 and "--world-size" in capsys.readouterr().err
+        assert stop.value.code == 2 and str(wrong[-2]) in capsys.readouterr().err
 
 
 def test_findings_are_lines_with_errors_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from convnext_yolo.launch.doctor.findings import exit_code, format_findings
+from convnext_yolo.recipes.checkpoint import FORMAT, MANIFEST, manifest_sha256
 
 from .fake_probes import Answer, Scene, scene
 
@@ -126,8 +128,25 @@ def late_clock(a: Answer) -> None:
 
 
 def old_checkpoints(s: Scene) -> None:
-    Path(s.recipe["run"], "checkpoints/step-00000004").mkdir(parents=True)
+    checkpoint(s, "run/checkpoints/step-00000004")
     s.alter(resume="never")
+
+
+def checkpoint(s: Scene, name: str, **parts: int) -> Path:
+    """A checkpoint by its manifest alone, and the bytes that its parts should have."""
+    folder = s.folder / name
+    folder.mkdir(parents=True)
+    listed = {f"{part}.safetensors": {"sha256": "0", "bytes": n} for part, n in parts.items()}
+    manifest: dict[str, Any] = {"format": FORMAT, "step": 4, "state": {}, "parts": listed}
+    manifest["sha256"] = manifest_sha256(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def resume_from_a_stump(s: Scene) -> None:
+    folder = checkpoint(s, "old/step-00000004", weights=9)
+    (folder / "weights.safetensors").write_bytes(b"short")
+    s.alter(resume=str(folder))
 
 
 def run_in_a_file(s: Scene) -> None:
@@ -323,6 +342,15 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         r"deepspeed\.options\.comms_loger: DeepSpeed does not know it",
     ),
     # arithmetic
+    "a micro-batch too large": (
+        lambda s: (
+            s.set("batch", {"global": 8, "micro": 4}),
+            hostfile("nodeA slots=2\nnodeB slots=2\n")(s),
+        ),
+        "error",
+        r"4 ranks can.t share .*start 2 ranks \(all that divide: 1, 2\), or set batch\.global to "
+        r"16 or batch\.micro to 2$",
+    ),
     "a batch that does not divide": (
         hostfile("nodeA slots=2\nnodeB slots=1\n"),
         "error",
@@ -383,7 +411,11 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         r"nodeB: DS_ACCELERATOR=cuda, but it has no GPU",
     ),
     # data
-    "no shards": (key("data.train", "/nowhere"), "error", r"nodeB: .*no such shard folder"),
+    "no shards": (
+        key("data.train", "/nowhere"),
+        "error",
+        r"nodeB: data\.train = /nowhere: no such shard folder",
+    ),
     "a shard is missing": (
         own_shards(lambda folder: sorted(folder.glob("*.tar"))[1].unlink()),
         "error",
@@ -417,6 +449,31 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         "error",
         r"nodeB: run: .* has 1 MiB free, its checkpoints will take \d+ MiB \(\d of",
     ),
+    "a full disk under the cache": (
+        fact(
+            cache={"place": "/cache", "free_bytes": 2**30, "used_bytes": 2**30},
+            train={"location": "s3://a/train", "bytes": 4 * 2**30},
+            val={"location": "s3://a/val", "bytes": 2**30},
+        ),
+        "warning",
+        r"nodeB: data\.cache: /cache has 1\.0 GiB free, 4\.0 GiB are still to come there",
+    ),
+    "a bound of the cache": (
+        lambda s: (
+            s.set("data.cache_gib", 3),
+            fact(
+                cache={"place": "/cache", "free_bytes": 2**30},
+                train={"location": "s3://a/train", "bytes": 4 * 2**30},
+            )(s),
+        ),
+        "warning",
+        r"nodeB: data\.cache: /cache has 1\.0 GiB free, 3\.0 GiB are still to come there",
+    ),
+    "a cache that can't be": (
+        fact(cache={"place": "/cache", "error": "Permission denied"}),
+        "error",
+        r"nodeB: data\.cache: /cache can.t be written \(Permission denied\)",
+    ),
     "a small /dev/shm": (
         lambda s: (s.set("data.workers", 4), s.fact("nodeB", shm_free_bytes=1000)),
         "error",
@@ -432,6 +489,26 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         old_checkpoints,
         "error",
         r"--resume never, .*it has 1 checkpoint\(s\) already",
+    ),
+    "no such checkpoint": (
+        lambda s: s.alter(resume="/nowhere"),
+        "error",
+        r"nodeB: --resume /nowhere: no such folder; .*give a folder RUN/checkpoints/step-",
+    ),
+    "no checkpoint at all": (
+        lambda s: s.alter(resume=str(s.folder)),
+        "error",
+        r"nodeB: --resume \S+: no readable manifest\.json",
+    ),
+    "a checkpoint that was cut short": (
+        resume_from_a_stump,
+        "error",
+        r"nodeB: --resume \S+: weights\.safetensors has 5 bytes, the manifest says 9",
+    ),
+    "no checkpoint that can be used": (
+        lambda s: checkpoint(s, "run/checkpoints/step-00000004", weights=9),
+        "error",
+        r"nodeB: --resume auto: .*none of the checkpoints .*weights\.safetensors is missing",
     ),
     # the network
     "a port in use": (
@@ -533,6 +610,21 @@ def test_a_healthy_set_up_has_no_findings(healthy: Scene) -> None:
     # nothing of it is left
     assert not list(healthy.folder.glob("**/.doctor-*"))
     assert not Path(healthy.recipe["run"]).exists()
+
+
+def test_what_train_would_resume_is_no_finding(healthy: Scene) -> None:
+    whole = checkpoint(healthy, "run/checkpoints/step-00000004", weights=4)
+    (whole / "weights.safetensors").write_bytes(b"four")
+    checkpoint(healthy, "run/checkpoints/step-00000008", weights=4)  # it takes the one before
+    assert healthy.findings() == []
+    healthy.alter(resume=str(whole))
+    assert healthy.findings() == []
+
+
+def test_what_was_never_published_is_no_checkpoint(healthy: Scene) -> None:
+    (healthy.folder / "run/checkpoints/step-00000004.partial").mkdir(parents=True)
+    healthy.alter(resume="never")
+    assert healthy.findings() == []
 
 
 @pytest.mark.parametrize("name", TABLE)
