@@ -1,14 +1,10 @@
 """The command `launch`, one sub-command for each launcher."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
-from .doctor_commands import ask_about_launch
+from .launch_parser import add_env, launcher_parser, run_launcher
 from .parser import Commands, Parser, add_command, port, positive, whole_number
-from .plan_commands import add_hardware_options, plan_launch
-from .recipe_options import RECIPE_KEYS, add_recipe_options
-from .supervision.stall import LIMIT_S
 
 
 def add_launch(commands: Commands) -> None:
@@ -19,98 +15,8 @@ def add_launch(commands: Commands) -> None:
         add(where)
 
 
-def _launcher(where: Commands, name: str, text: str, epilog: str = "") -> Parser:
-    keys = RECIPE_KEYS.format(command=f"launch {name}")
-    parser = add_command(where, name, text, f"{epilog}\n{keys}" if epilog else keys)
-    add_recipe_options(parser)
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="run nothing: print the command and the files that it uses, as a shell script",
-    )
-    instead.add_argument(
-        "--plan",
-        action="store_true",
-        help="run nothing: print what the recipe costs on so many ranks, as `plan` does",
-    )
-    add_hardware_options(parser.add_argument_group("with --plan"))
-    parser.add_argument(
-        "--stall-s",
-        type=whole_number,
-        default=LIMIT_S,
-        metavar="S",
-        help=f"end the job when no rank gets on for so long; default {LIMIT_S} s, 0: never",
-    )
-    return parser
-
-
-def _add_env(parser: Parser) -> None:
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="a variable for the ranks, as NCCL_SOCKET_IFNAME=eth0; may be given again",
-    )
-
-
-def _run(parser: Parser, render: Callable[[argparse.Namespace], object], here: bool = True) -> None:
-    if here:
-        without = ", without hosts that were lost" if parser.get_default("lost") is not None else ""
-        parser.add_argument(
-            "--max-restarts",
-            type=whole_number,
-            default=0,
-            metavar="N",
-            help=f"start a job that failed again from its newest checkpoint{without}; default 0",
-        )
-    parser.add_argument(
-        "--no-doctor",
-        action="store_true",
-        help="start without looking for reasons why it would fail",
-    )
-
-    def run(options: argparse.Namespace) -> None:
-        if options.plan:
-            return plan_launch(options)
-        if not (options.dry_run or options.no_doctor):
-            render(options)  # what is wrong with the command itself is told at once
-            ask_about_launch(options, here)
-        from .command import Command
-        from .job import LaunchError
-        from .supervision.supervise import run
-
-        before: list[str] = []  # the newest checkpoint when the first was started
-
-        def command(lost: frozenset[str]) -> Command:
-            if lost:
-                if not hasattr(options, "lost"):
-                    raise LaunchError(f"{', '.join(sorted(lost))} is lost, and there is no other")
-                options.lost = lost
-            if before and before[0] != _newest(options):
-                options.resume = "auto"  # else what was named is still where the run is to go on
-            before[:] = before or [_newest(options)]
-            rendered = render(options)
-            assert isinstance(rendered, Command)
-            return rendered
-
-        run(command, options.dry_run, getattr(options, "max_restarts", 0), options.stall_s)
-
-    parser.set_defaults(run_command=run)
-
-
-def _newest(options: argparse.Namespace) -> str:
-    """The name of the newest checkpoint of the run, if any."""
-    from ..recipes.load import load_recipe, recipe_path
-
-    recipe = load_recipe([recipe_path(name) for name in options.config], options.rest)
-    names = sorted(path.name for path in (Path(recipe.run) / "checkpoints").glob("step-????????"))
-    return names[-1] if names else ""
-
-
 def _local(where: Commands) -> None:
-    parser = _launcher(
+    parser = launcher_parser(
         where, "local", "this machine: the deepspeed launcher, a process for each GPU"
     )
     parser.add_argument(
@@ -125,7 +31,7 @@ def _local(where: Commands) -> None:
 
         return local(options.config, options.resume, options.rest, options.processes)
 
-    _run(parser, render)
+    run_launcher(parser, render)
 
 
 _DEEPSPEED_EPILOG = """
@@ -135,7 +41,7 @@ same command on each host of the hostfile, with --no-ssh --node-rank 0, 1 and so
 
 
 def _deepspeed(where: Commands) -> None:
-    parser = _launcher(
+    parser = launcher_parser(
         where,
         "deepspeed",
         "the hosts of a hostfile: the deepspeed launcher over ssh",
@@ -155,7 +61,7 @@ def _deepspeed(where: Commands) -> None:
     )
     _add_master(parser, "the first host's name in the hostfile")
     parser.add_argument("--ssh-port", type=port, metavar="N", help="default: ssh's own")
-    _add_env(parser)
+    add_env(parser)
     parser.set_defaults(lost=frozenset())
 
     def render(options: argparse.Namespace) -> object:
@@ -173,7 +79,7 @@ def _deepspeed(where: Commands) -> None:
             lost=options.lost,
         )
 
-    _run(parser, render)
+    run_launcher(parser, render)
 
 
 def _add_master(parser: Parser, default: str) -> None:
@@ -194,7 +100,7 @@ host sees them, and at nothing else; if the job's hosts alone have some of it, g
 
 
 def _slurm(where: Commands) -> None:
-    parser = _launcher(where, "slurm", "a Slurm job that requeues itself", _SLURM_EPILOG)
+    parser = launcher_parser(where, "slurm", "a Slurm job that requeues itself", _SLURM_EPILOG)
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default 1")
     parser.add_argument(
         "--processes-per-node", type=positive, default=1, metavar="N", help="default 1"
@@ -227,7 +133,7 @@ def _slurm(where: Commands) -> None:
         metavar="OPTION",
         help="further options of sbatch, as --sbatch=--exclusive; may be given again",
     )
-    _add_env(parser)
+    add_env(parser)
 
     def render(options: argparse.Namespace) -> object:
         from .slurm import Allocation, slurm
@@ -247,7 +153,9 @@ def _slurm(where: Commands) -> None:
         )
         return slurm(options.config, options.resume, options.rest, allocation)
 
-    _run(parser, render, here=False)  # restarts are Slurm's part, and the hosts not known yet
+    run_launcher(
+        parser, render, here=False
+    )  # restarts are Slurm's part, and the hosts not known yet
 
 
 _BY_HAND = """
@@ -265,11 +173,11 @@ def _add_hosts(parser: Parser, flag: str, metavar: str) -> None:
         metavar="N",
         help="default: a process for each GPU of this host, or 1 on the CPU",
     )
-    _add_env(parser)
+    add_env(parser)
 
 
 def _torchrun(where: Commands) -> None:
-    parser = _launcher(where, "torchrun", "this host's part of a torchrun job", _BY_HAND)
+    parser = launcher_parser(where, "torchrun", "this host's part of a torchrun job", _BY_HAND)
     _add_hosts(parser, "--rdzv-endpoint", "HOST:PORT")
     parser.add_argument(
         "--rdzv-id", default="convnext-yolo", metavar="ID", help="the same on all hosts"
@@ -291,11 +199,11 @@ def _torchrun(where: Commands) -> None:
         )
         return torchrun(options.config, options.resume, options.rest, hosts, options.rdzv_id)
 
-    _run(parser, render)
+    run_launcher(parser, render)
 
 
 def _accelerate(where: Commands) -> None:
-    parser = _launcher(where, "accelerate", "this host's part of an accelerate job", _BY_HAND)
+    parser = launcher_parser(where, "accelerate", "this host's part of an accelerate job", _BY_HAND)
     _add_hosts(parser, "--master", "HOST:PORT")
 
     def render(options: argparse.Namespace) -> object:
@@ -310,4 +218,4 @@ def _accelerate(where: Commands) -> None:
         )
         return accelerate(options.config, options.resume, options.rest, hosts)
 
-    _run(parser, render)
+    run_launcher(parser, render)

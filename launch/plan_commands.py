@@ -48,7 +48,7 @@ def _plan(commands: Commands) -> None:
     parser.set_defaults(takes_recipe_keys=True, run_command=_run)
 
 
-def add_hardware_options(parser: Parser) -> None:
+def add_hardware_options(parser: "Parser | argparse._ArgumentGroup") -> None:
     """Adds the figures of GPU and network that a plan is made for."""
     parser.add_argument(
         "--gpu-tflops",

@@ -57,7 +57,7 @@ def coco_metrics(
     # They tell of every step. Not by redirecting the process's output: an evaluation that is broken
     # off goes on for a while, in its thread, beside what we have to say.
     for module in (coco, cocoeval):
-        module.print = _silent  # type: ignore[attr-defined]
+        module.print = _silent
     ids = [category.id for category in classes]
     truth = COCO()
     truth.dataset = _coco_truth([t for t, _ in pictures], classes)
