@@ -29,6 +29,16 @@ class File:
 
 
 @dataclass(frozen=True)
+class FirstHost:
+    """Where the ranks of all hosts report, if each host is started by itself."""
+
+    address: str
+    port: int
+    token: str  # the same on all hosts
+    is_this: bool
+
+
+@dataclass(frozen=True)
 class Ranks:
     """What the supervision of a command's ranks needs to know."""
 
@@ -36,6 +46,7 @@ class Ranks:
     logs: Path  # folder
     callers: tuple[str, ...] = ("127.0.0.1",)  # hosts that must reach this one
     count: int = 0  # of them
+    first_host: FirstHost | None = None  # None: the command starts all ranks of the job
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def torchrun(
         words += ["--rdzv-backend", "c10d", "--rdzv-id", run_id]
         words += ["--rdzv-endpoint", f"{job.master_address}:{job.master_port}"]
         words += ["--rdzv-conf", f"is_host={int(hosts.number == 0)}", "--local-addr", address]
-    return Command([*words, "-m", *job.train_words], dict(job.environment), ranks=_mine(job))
+    return Command([*words, "-m", *job.train_words], dict(job.environment), ranks=_mine(job, hosts))
 
 
 def accelerate(
@@ -63,7 +63,7 @@ def accelerate(
     file = File(job.folder / f"accelerate-{hosts.number or 0}.yaml", _accelerate_yaml(job, hosts))
     words = [program("accelerate"), "launch", "--config_file", str(file.path)]
     return Command(
-        [*words, "--module", *job.train_words], dict(job.environment), (file,), _mine(job)
+        [*words, "--module", *job.train_words], dict(job.environment), (file,), _mine(job, hosts)
     )
 
 
@@ -130,9 +130,6 @@ def _own_address(job: Job) -> str:
         ) from None
 
 
-def _mine(job: Job) -> Ranks:
-    """The ranks that are supervised from here: as many as there are processes on a host.
-
-    Which numbers they get is decided when the hosts meet.
-    """
-    return replace(job.ranks({}), count=job.slots[0])
+def _mine(job: Job, hosts: Hosts) -> Ranks:
+    """The ranks that this host starts. Which numbers they get is decided when the hosts meet."""
+    return job.ranks_of_host(hosts.number or 0, {})

@@ -4,6 +4,7 @@ What a launcher may decide is who starts which process. The command of a rank, t
 and so the accumulation are the job's, and are checked here, before anything starts.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from ..recipes.config import Recipe, RecipeError
 from ..recipes.load import load_recipe, recipe_path
-from .command import File, Ranks
+from .command import File, FirstHost, Ranks
 
 MODULE = "convnext_yolo.launch"
 # Of the starting process's environment, what ranks elsewhere need as well. Nothing secret: what is
@@ -23,6 +24,10 @@ HANDED_ON = re.compile(
     r"|CUDA_DEVICE_MAX_CONNECTIONS"
     r"|PATH|LD_LIBRARY_PATH|TMPDIR|TZ|HF_HOME|HF_HUB_OFFLINE|TORCH_HOME|WANDB_MODE|WANDB_DIR"
 )
+
+
+# From the master port to that of host 0's front: far enough from those of other jobs.
+FRONT_PORT_OFFSET = 100
 
 
 class LaunchError(Exception):
@@ -70,6 +75,17 @@ class Job:
         """Those that are supervised from here, by default all: each one's number and host."""
         found = dict.fromkeys(range(self.world_size), "localhost") if hosts is None else hosts
         return Ranks(dict(found), logs_folder(self.recipe), tuple(callers), len(found))
+
+    def ranks_of_host(self, host: int, hosts: Mapping[int, str]) -> Ranks:
+        """Those of one host, from 0, where each is started by itself: all report to the first."""
+        mine = replace(self.ranks(hosts), count=self.slots[host])
+        if len(self.slots) == 1:
+            return mine
+        offset = FRONT_PORT_OFFSET if self.master_port < 65000 else -FRONT_PORT_OFFSET
+        what = f"{self.master_port} {self.recipe.run}"
+        token = hashlib.sha256(what.encode()).hexdigest()[:32]
+        first = FirstHost(self.master_address, self.master_port + offset, token, host == 0)
+        return replace(mine, first_host=first)
 
     def frozen(self) -> tuple["Job", File]:
         """The same with its recipe in one file beside the run: edits after this don't reach it."""

@@ -125,7 +125,7 @@ def deepspeed(
         return Command(
             [*words, *_ranks(job.train_words)],
             given_environment(env, os.environ),
-            ranks=job.ranks(mine),
+            ranks=job.ranks_of_host(node_rank, mine),
         )
     words += ["--log_level", "warning"]  # its news has every variable in it, several times
     words.append("--force_multi")  # also one host is the one named, not this one

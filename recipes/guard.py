@@ -7,7 +7,8 @@ is none. Under fp16 most such steps only say that the loss scale was too large; 
 silence.
 """
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..model.assign import Targets
 from ..model.detector import Criterion
 
 SHOWN_IDS = 16
+NO_MEMORY = "nothing: there was no memory for it"
 
 
 class TrainingError(Exception):
@@ -66,77 +68,101 @@ class Guard:
             TrainingError: too many in a row.
         """
         self.in_a_row = 0 if applied else self.in_a_row + 1
+        found = self._look(step, again) if self.in_a_row == 1 else None
         if self.in_a_row >= self.limit:
             raise TrainingError(
                 f"step {step}: {self.in_a_row} steps in a row gave gradients that are no numbers; "
                 "lower optimizer.lr, or take the pictures that were named out of the data, and "
-                "start again: the newest checkpoint is from before"
+                "start again: the newest checkpoint is from before" + (f" ({found})" * bool(found))
             )
-        if self.in_a_row != 1:
-            return None
+        return found
+
+    def _look(self, step: int, again: Iterable[MicroBatch]) -> str:
+        """Has every rank compute its micro-batches again, and says where the first one failed."""
         mine = [(self._find(batch), batch.image_ids) for batch in again]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, [entry for entry in mine if entry[0]])
         found = [(rank, *entry) for rank, own in enumerate(everyone) for entry in own]
-        if not found:
-            return f"step {step} is skipped: its gradients are no numbers, but were when repeated"
-        rank, where, ids = found[0]
+        seen = [entry for entry in found if entry[1] != NO_MEMORY]
+        if not seen:
+            why = "there was no memory to look where" if found else "but were when repeated"
+            return f"step {step} is skipped: its gradients are no numbers, {why}"
+        rank, where, ids = seen[0]
         shown = ", ".join(map(str, ids[:SHOWN_IDS])) + (", …" if len(ids) > SHOWN_IDS else "")
         return (
             f"step {step} is skipped: NaN or Inf, first in {where}, on rank {rank}, in the "
             f"micro-batch of the images {shown}"
-            + (f" ({len(found)} micro-batches in all)" if len(found) > 1 else "")
+            + (f" ({len(seen)} micro-batches in all)" if len(seen) > 1 else "")
         )
 
     def _find(self, batch: MicroBatch) -> str | None:
         """The first place without numbers, when a micro-batch is computed again."""
+        torch.manual_seed(batch.seed)
+        try:
+            return self._repeat(batch)
+        except torch.OutOfMemoryError:  # the other ranks wait for what we have found
+            return NO_MEMORY
+
+    def _repeat(self, batch: MicroBatch) -> str | None:
         model: nn.Module = self.engine.module
-        outputs: list[tuple[str, Tensor]] = []
-        handles = [
-            module.register_forward_hook(_record(name or "the model", outputs))
-            for name, module in model.named_modules()
-        ]
         # At stage 3 a backward pass would move shards about.
         backward = self.engine.zero_optimization_stage() < 3
+        watch = _Watch()
+        handles = [
+            module.register_forward_hook(watch.hook(name or "the model"))
+            for name, module in model.named_modules()
+        ]
         autocast = torch.autocast(
             batch.images.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         )
-        torch.manual_seed(batch.seed)
         try:
             with torch.set_grad_enabled(backward), autocast:
                 raw = model(batch.images)
         finally:
             for handle in handles:
                 handle.remove()
-        for name, output in outputs:
-            if not output.isfinite().all():
-                return f"the output of {name}"
+        if watch.output:
+            return f"the output of {watch.output}"
         losses = self.criterion(model.head, raw.levels, batch.targets)
         for name, loss in losses.items():
             if not loss.isfinite():
                 return f"the {name} loss"
-        return _in_gradients(sum(losses.values()), outputs) if backward else None
+        if backward and watch.first is not None:
+            torch.autograd.grad(sum(losses.values()), watch.first, allow_unused=True)
+        return watch.gradient and f"the backward pass of {watch.gradient}"
 
 
-def _record(name: str, outputs: list[tuple[str, Tensor]]) -> Any:
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        # What hands on a tensor as it is, such as an identity, has not made it.
-        if isinstance(output, Tensor) and all(output is not made for _, made in outputs):
-            outputs.append((name, output))
+class _Watch:
+    """Looks at what modules put out, and at the gradients of that; keeps one of it in memory.
 
-    return hook
+    So a repetition takes no more than the step did, whose activations may not all be kept.
+    """
 
+    def __init__(self) -> None:
+        self.output: str | None = None  # the first module whose output is no numbers
+        self.first: Tensor | None = None  # the first output that has a gradient: as far it goes
+        self.gradient: str | None = None  # the one nearest to the loss whose gradient is none
+        self._passed = "the losses"  # got a gradient of numbers, nearest to the module at hand
+        self._seen: list[weakref.ref[Tensor]] = []
 
-def _in_gradients(loss: Any, recorded: Sequence[tuple[str, Tensor]]) -> str | None:
-    """The module, nearest to the loss, that gets a gradient of numbers and hands on none."""
-    named = [(name, output) for name, output in recorded if output.requires_grad]
-    outputs = [output for _, output in named]
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, outputs, allow_unused=True)
-    last = "the losses"
-    for (name, _), gradient in zip(reversed(named), reversed(gradients), strict=True):
-        if gradient is None:
-            continue
-        if not gradient.isfinite().all():
-            return f"the backward pass of {last}"
-        last = name
-    return None
+    def hook(self, name: str) -> Any:
+        """A forward hook for a module of that name."""
+
+        def look(module: nn.Module, arguments: Any, output: Any) -> None:
+            # What hands on a tensor as it is, such as an identity, has not made it.
+            if not isinstance(output, Tensor) or any(ref() is output for ref in self._seen):
+                return
+            self._seen.append(weakref.ref(output))
+            if self.output is None and not output.detach().isfinite().all():
+                self.output = name
+            if output.requires_grad:
+                self.first = output if self.first is None else self.first
+                output.register_hook(lambda gradient: self._look_back(name, gradient))
+
+        return look
+
+    def _look_back(self, name: str, gradient: Tensor) -> None:
+        if self.gradient is None:
+            if not gradient.isfinite().all():
+                self.gradient = self._passed
+            self._passed = name

@@ -4,30 +4,27 @@ Signals to this process go to the ranks, through their guards (`guard.py`), not 
 DeepSpeed's would end the ranks of other jobs on these hosts as well. When one rank fails, the
 others are ended `COLLECT_S` later, so that no job waits for the ten minutes and more that a
 collective may take, and the outcome says which went first and why.
+
+Where each host is started by itself, the ranks of all report to host 0's front as well, which then
+does the same for the whole job; the other fronts take over its verdict.
 """
 
-import hmac
 import os
 import secrets
-import selectors
 import signal
-import socket
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict
 
-from ..addresses import address_for
 from ..command import Command, Ranks
 from ..job import LaunchError
-from .lifeline import BEAT_S, FRONT, LOGS, LOST_S, STOP_S, Lines
+from .callers import GONE, Callers
+from .lifeline import BEAT_S, COLLECT_S, FIRST, FRONT, LOGS, LOST_S, STOP_S, Verdict
 from .processes import any_marked, has_ended, kill_group, kill_marked
 from .rank import Outcome, Rank, first_of, lost_hosts
 from .stall import StallDetector
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# From the first failure until the rest is ended: so long, others may tell theirs.
-COLLECT_S = 10.0
 SILENT_S = 3 * BEAT_S  # then, who has not been heard for so long is lost
 START_S = 180.0  # between the first rank and the last
 LEAVE_S = 10.0  # for a launcher, when all ranks are gone, and the other way round
@@ -44,17 +41,17 @@ class Front:
 
     def __init__(self, command: Command, expected: Ranks, stall_s: float):
         self.expected, self.token = expected, secrets.token_hex(16)
-        address = address_for(expected.callers)
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.listener = socket.create_server((address, 0), family=family)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.listener, selectors.EVENT_READ, None)
-        front = f"{address}:{self.listener.getsockname()[1]}:{self.token}"
+        self.callers = Callers(expected, self.token)
+        self.ranks = self.callers.ranks
+        front = f"{self.callers.address}:{self.token}"
         expected.logs.mkdir(parents=True, exist_ok=True)
         print(f"$ {command}", flush=True)
-        command = command.with_rank_environment({FRONT: front, LOGS: str(expected.logs)})
+        variables = {FRONT: front, LOGS: str(expected.logs)}
+        first = expected.first_host
+        if first and not first.is_this:
+            variables[FIRST] = f"{first.address}:{first.port}:{first.token}"
+        command = command.with_rank_environment(variables)
         command.write_files()
-        self.ranks: list[Rank] = []
         self.stall = StallDetector(stall_s, expected.logs)
         self.signals: list[int] = []
         self.abandoned = False
@@ -93,11 +90,7 @@ class Front:
     def _close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self.selector.close()
-        self.listener.close()
-        for rank in self.ranks:
-            if rank.lines:
-                rank.lines.connection.close()
+        self.callers.close()
 
     def _on_signal(self, number: int, _: object) -> None:
         self.signals.append(number)
@@ -106,8 +99,7 @@ class Front:
         """Waits until launcher and ranks are gone."""
         asked = 0
         while not self._is_over():
-            for key, _ in self.selector.select(timeout=0.1):
-                self._hear(key)
+            self._hear(timeout_s=0.1)
             for number in self.signals[asked:]:
                 asked += 1
                 self._pass_on(number)
@@ -125,55 +117,24 @@ class Front:
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.code is None and not rank.lost]
 
-    def _hear(self, key: selectors.SelectorKey) -> None:
-        if key.fileobj is self.listener:
-            self._accept()
-            return
-        caller: _Caller = key.data
-        now = time.monotonic()
-        try:
-            for message in caller.lines.receive():
-                if caller.rank is None:
-                    caller.rank = self._welcome(caller.lines, message)
-                else:
-                    caller.rank.take(message, now)
-        except (OSError, KeyError, TypeError, ValueError):
-            self.selector.unregister(key.fileobj)
-            if caller.rank is None:  # a stranger
-                caller.lines.connection.close()
-            elif caller.rank.code is None:
-                caller.rank.lose("its guard is gone: the host, or the guard, was ended", now)
-                caller.rank.ended_by_us = now > self.end_by
-
-    def _accept(self) -> None:
-        """Takes a call; who it is, it says when it likes."""
-        connection, _ = self.listener.accept()
-        connection.settimeout(2)
-        self.selector.register(connection, selectors.EVENT_READ, _Caller(Lines(connection)))
-
-    def _welcome(self, lines: Lines, hello: dict[str, Any]) -> Rank:
-        """A rank, by its guard's first words.
-
-        Raises:
-            ConnectionError, KeyError, ValueError: it is none of ours.
-        """
-        if not hmac.compare_digest(str(hello["token"]), self.token):
-            raise ConnectionError("not one of ours")
-        number = int(hello["rank"])
-        host = self.expected.hosts.get(number, str(hello["host"]))
-        rank = Rank(number, host, lines, time.monotonic())
-        rank.place.since_s = rank.heard_s
-        self.first_s = min(self.first_s, rank.heard_s)
-        self.ranks.append(rank)
-        if self.signals:
-            rank.send(type="signal", number=self.signals[0])
-        return rank
+    def _hear(self, timeout_s: float) -> None:
+        """What the guards say."""
+        for rank, message in self.callers.hear(timeout_s):
+            now = time.monotonic()
+            if message["type"] == "hello":
+                self.first_s = min(self.first_s, now)
+                if self.signals:
+                    rank.send(type="signal", number=self.signals[0])
+            elif message["type"] == "signal" and not self.signals:  # to another host's front
+                self.signals.append(int(message["number"]))
+            elif message is GONE and rank.code is None:
+                rank.lose("its guard is gone: the host, or the guard, was ended", now)
+                rank.ended_by_us = now > self.end_by
 
     def _pass_on(self, number: int) -> None:
         """A signal, to every rank. The second Ctrl-C is meant by force."""
-        for key, _ in self.selector.select(timeout=0):  # whoever has come meanwhile
-            self._hear(key)
-        if not self.ranks:  # nobody is there yet; whoever comes finds nobody, and ends
+        self._hear(timeout_s=0)  # whoever has come meanwhile
+        if not any(rank.is_own for rank in self.ranks):  # whoever comes finds nobody, and ends
             kill_group(self.launcher)
         now = time.monotonic()
         if number == signal.SIGINT and self.signals.count(signal.SIGINT) > 1:
@@ -204,6 +165,8 @@ class Front:
 
     def _watch_progress(self, now: float) -> None:
         """Has the stacks shown of a rank that the others wait for, or ends the job for its sake."""
+        if all(rank.is_judged for rank in self._running()):  # by who knows those they wait for
+            return
         rank, reason = self.stall.look(self._running(), now)
         if rank and reason:
             rank.blame(reason)
@@ -220,13 +183,14 @@ class Front:
                 # it may have been silent before
                 rank.ended_by_us = ending and rank.heard_s > self.end_by - 2 * BEAT_S
             elif ending:
-                rank.send(type="kill")
+                rank.send(type="kill", verdict=self._verdict())
                 rank.ended_by_us = True
 
     def _leave(self, now: float, failed: bool) -> None:
         """Of launcher and ranks, who is left without the other follows it after a while."""
-        running = self._running()
-        waiting = bool(running) if has_ended(self.launcher) else bool(self.ranks) and not running
+        own = [rank for rank in self.ranks if rank.is_own]
+        running = [rank for rank in self._running() if rank.is_own]
+        waiting = bool(running) if has_ended(self.launcher) else bool(own) and not running
         if not waiting and not has_ended(self.launcher):
             self.leave_by = float("inf")
         elif self.leave_by == float("inf"):
@@ -253,23 +217,35 @@ class Front:
             and (rank.stalled or not rank.ended_by_us)
         ]
 
+    def _verdict(self) -> dict[str, object] | None:
+        """What the fronts of other hosts are to say."""
+        if failed := self._failed():
+            first = first_of(failed)
+            return asdict(Verdict(first.exit_code or 1, self._went_first(first)))
+        return asdict(Verdict(0, self._stopped(), stopped=True)) if self.signals else None
+
     def _outcome(self) -> Outcome:
         code = self._end_launcher()
         code = 128 - code if code < 0 else code
-        failed, codes = self._failed(), [rank.code or 0 for rank in self.ranks]
+        for rank in self.ranks:  # those that have ended may still wait for this
+            if not rank.is_own:
+                rank.send(type="kill", verdict=self._verdict())
+        own = [rank for rank in self.ranks if rank.is_own]
+        verdicts = [rank.verdict for rank in own if rank.verdict]
+        failed, codes = self._failed(), [rank.exit_code for rank in own]
+        if verdicts and not self.signals:
+            said = verdicts[0]
+            code = said.code or max(codes)
+            return Outcome(code, said.sentence, stopped=said.stopped)
         if failed:
             first = first_of(failed)
-            if first.code == 2 or not code:
-                code = first.code if first.code and first.code > 0 else 1
-            sentence = (
-                f"rank {first.number} on {first.host} went first: {first.reason}; "
-                f"its output is in {self.expected.logs}/rank-{first.number}.log"
-            )
-            return Outcome(code, sentence, lost_hosts(failed), bool(self.signals))
+            # where each host is started by itself, who has lost one waits for it at the next start
+            lost = lost_hosts([rank for rank in failed if rank.is_own])
+            code = first.exit_code or 1  # launchers make 1 of every code, or that of one they ended
+            return Outcome(code, self._went_first(first), lost, bool(self.signals))
         if self.signals:
-            # launchers make 1 of every code, and what was not there yet was ended by force
-            code = max(codes, key=abs) if codes else -self.signals[0]
-            code = 128 - code if code < 0 else code
+            # what was not there yet was ended by force
+            code = max(codes, default=128 + self.signals[0])
             return Outcome(code, self._stopped(), stopped=True)
         if self.abandoned:
             code, why = code or 1, "somebody has ended the launcher"
@@ -279,6 +255,12 @@ class Front:
         if codes and not self._missing() and len(codes) >= self.expected.count:
             code = 0  # all that was to be done is done, however the launcher has left
         return Outcome(code, f"the launcher ended with exit code {code}; see its output above")
+
+    def _went_first(self, rank: Rank) -> str:
+        return (
+            f"rank {rank.number} on {rank.host} went first: {rank.reason}; "
+            f"its output is in {self.expected.logs}/rank-{rank.number}.log"
+        )
 
     def _stopped(self) -> str:
         """Who asked, and who has not done what was asked."""
@@ -290,11 +272,3 @@ class Front:
             if rank.code and ": error: " in rank.reason:
                 return f"{sentence}; {where}: {rank.reason}"
         return sentence
-
-
-@dataclass
-class _Caller:
-    """A connection, and the rank that it turned out to be."""
-
-    lines: Lines
-    rank: Rank | None = None

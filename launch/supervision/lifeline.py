@@ -5,19 +5,25 @@ jobs with its own. So the front speaks to its ranks itself: it listens, and besi
 guard (`guard.py`) that calls it. Each line is a JSON object; both sides say something every
 `BEAT_S`. Where nothing is heard for `LOST_S`, or the connection ends, the other side is gone.
 
+Where each host is started by itself, each has a front, and host 0's judges the whole job: a guard
+elsewhere reports to its own front and to that one. What the first front decides, the own front
+hears from the guard.
+
 The token keeps strangers and ranks of other jobs out; it is no secret on these hosts.
 
-from a guard: hello (token, rank, host, pid), beat (count, step, doing, for_s, state), exit (code,
-reason)
-from the front: beat, signal (number), stacks, kill
+from a guard: hello (token, rank, host, pid), beat (count, step, doing, for_s, state, judged), exit
+(code, reason, verdict); to the first front also: signal (number)
+from the front: beat, signal (number), stacks, kill (verdict)
 """
 
 import json
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 # Set for the ranks of a supervised job: HOST:PORT:TOKEN of the front, and the folder of logs.
 FRONT = "CONVNEXT_YOLO_FRONT"
+FIRST = "CONVNEXT_YOLO_FIRST_FRONT"  # the same of host 0's front, where that is another
 LOGS = "CONVNEXT_YOLO_LOGS"
 JOB = "CONVNEXT_YOLO_JOB"  # the token, in the environment of a rank and of what it starts
 BEAT_S = 2.0
@@ -26,6 +32,17 @@ LOST_S = 15.0
 STOP_S = 120.0
 # The same for a rank whose job is lost: what it can still publish, it has.
 GIVE_UP_S = 15.0
+# From the first failure until the rest is ended: so long, others may tell theirs.
+COLLECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the first front says of the job."""
+
+    code: int  # 0: each rank's own
+    sentence: str
+    stopped: bool = False  # by a signal
 
 
 class Lines:

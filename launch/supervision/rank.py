@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .lifeline import Lines
+from .lifeline import Lines, Verdict
 
 # What ranks say when another one has gone.
 _CONSEQUENCE = re.compile(
@@ -44,7 +44,15 @@ class Rank:
     stalled: bool = False  # the others waited for it, for too long
     ended_by_us: bool = False  # since the job was to end
     ended_s: float = 0.0
+    is_own: bool = True  # the launcher that starts it is this front's
+    is_judged: bool = False  # it reports to the first front as well
+    verdict: Verdict | None = None  # of the first front
     place: Place = field(default_factory=Place)
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 128 + the signal that ended it. 0: none is known."""
+        return 128 - self.code if self.code and self.code < 0 else self.code or 0
 
     def send(self, **message: Any) -> None:
         """A guard that is gone is found out by its silence."""
@@ -62,12 +70,15 @@ class Rank:
         if message["type"] == "exit":
             self.code, self.ended_s = int(message["code"]), now
             self.reason = self.reason or str(message["reason"])
+            if message["verdict"]:
+                self.verdict = Verdict(**message["verdict"])
         elif message["type"] == "beat":
             count, since_s = int(message["count"]), now - float(message["for_s"])
             if count == self.place.count:  # the same time, told with another delay
                 since_s = self.place.since_s
             place = int(message["step"]), str(message["doing"])
             self.place = Place(count, *place, since_s, str(message["state"]))
+            self.is_judged = bool(message["judged"])
 
     def lose(self, reason: str, since_s: float) -> None:
         """It is gone since then, and nobody has said why."""

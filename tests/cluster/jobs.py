@@ -60,11 +60,16 @@ class Job:
         """The command line on a host."""
         carried = ["--env", "PYTHONPATH", "--env", "CLUSTER_WATCH"]
         master = f"{self.cluster.hosts[0].address}:{PORT}"
+        hostfile = str(self.cluster.hostfile)
         by_hand = ["--nodes", "2", "--node-rank", str(number), "--processes-per-node", "1"]
         launcher, more = {
             "one host": ("torchrun", ["--processes-per-node", "2"]),
             "local": ("local", ["--processes", "2"]),
-            "deepspeed": ("deepspeed", ["--hostfile", str(self.cluster.hostfile), *carried]),
+            "deepspeed": ("deepspeed", ["--hostfile", hostfile, *carried]),
+            "no ssh": (
+                "deepspeed",
+                ["--hostfile", hostfile, "--no-ssh", "--node-rank", str(number)],
+            ),
             "torchrun": ("torchrun", [*by_hand, "--rdzv-endpoint", master]),
             "accelerate": ("accelerate", [*by_hand, "--master", master]),
             "slurm": (

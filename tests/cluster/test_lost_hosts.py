@@ -17,6 +17,7 @@ from .jobs import Job, wait_until_nothing_is_left
 
 pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
+BY_HAND = ("torchrun", "accelerate")
 LOST_S = 60.0  # until the job has ended on the other host
 # where it happens: the step to go on from. Checkpoints are of step 4, 8 and 12, and the evaluation
 # is the last one.
@@ -65,6 +66,45 @@ def test_a_host_is_killed(
     wait_until_nothing_is_left(cluster)
 
 
+@pytest.mark.parametrize(
+    "launcher", ["no ssh", *(pytest.param(n, marks=pytest.mark.long) for n in BY_HAND)]
+)
+def test_a_host_that_was_started_by_hand_is_killed(
+    launcher: str, cluster: Cluster, job: Callable[..., Job]
+) -> None:
+    """Each host has a front of its own; the first one's knows the ranks of all."""
+    _, b = cluster.hosts
+    lost = job(launcher, f"killed_by_hand_{launcher}".replace(" ", "_"))
+    lost.hold("step-7")
+    lost.start()
+    lost.wait_until_held("step-7")
+    killed_s = time.monotonic()
+    cluster.kill(b)  # the rank on the other host waits at the gate, and would so in NCCL
+    code = lost.fronts[0].wait(LOST_S)
+    assert code and time.monotonic() - killed_s < LOST_S
+    sentence = rf"rank [01] on {b.name} went first: its guard is gone"
+    assert re.search(sentence, lost.said().splitlines()[-1]), lost.said()
+    wait_until_nothing_is_left(cluster)
+    assert lost.steps_published() == [4]
+
+
+@pytest.mark.long
+def test_the_first_of_hosts_that_were_started_by_hand_is_killed(
+    cluster: Cluster, job: Callable[..., Job]
+) -> None:
+    """Its front is gone as well; the other host says so, and ends."""
+    a, _ = cluster.hosts
+    lost = job("torchrun", "first_killed")
+    lost.hold("step-7")
+    lost.start()
+    lost.wait_until_held("step-7")
+    cluster.kill(a)
+    assert lost.fronts[1].wait(LOST_S)
+    sentence = rf"the command on host 0 \({a.address}:29600\) is gone"
+    assert re.search(sentence, lost.said().splitlines()[-1]), lost.said()
+    wait_until_nothing_is_left(cluster)
+
+
 def test_a_link_is_cut_for_a_while(
     cluster: Cluster, job: Callable[..., Job], uninterrupted: Job
 ) -> None:
@@ -106,24 +146,28 @@ def test_a_link_is_cut_for_good(is_off: bool, cluster: Cluster, job: Callable[..
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_is_named(cluster: Cluster, job: Callable[..., Job]) -> None:
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_rank_that_hangs_is_named(
+    launcher: str, cluster: Cluster, job: Callable[..., Job]
+) -> None:
     """Its process is stopped; the other waits for it in a collective, and looks well."""
     _, b = cluster.hosts
-    hung = job("deepspeed", "hung")
+    hung = job(launcher, f"hung_{launcher}")
     hung.hold("step-6")
     hung.start("--stall-s", "60")
     hung.wait_until_held("step-6")
     processes = b.processes(" train --config")
-    # Its guard has made it the leader of a session, in which its loader's workers are.
-    (rank,) = (p for p in processes if parent(p) in processes and os.getsid(p) == p)
+    # Its guard, a leader itself under torchrun, has made it the leader of a session.
+    leaders = [p for p in processes if os.getsid(p) == p]
+    rank = next(p for p in leaders if p not in map(parent, leaders) and parent(p) in processes)
     os.kill(rank, signal.SIGSTOP)
     hung.release("step-6")
-    (code,) = hung.finish(100)
-    assert code, hung.said()
+    assert all(hung.finish(100)), hung.said()
+    who = f"rank 1 on {b.address}" if launcher == "deepspeed" else rf"rank [01] on {b.name}"
     where = r"in step 6 \(data\) for \d+ s, its process is stopped"
-    assert re.search(rf"behind is rank 1 on {b.address}, {where}; others in step 6", hung.said())
-    sentence = rf"rank 1 on {b.address} went first: no rank got on for 6\d s.* {where}"
-    assert re.search(sentence, hung.said().splitlines()[-1]), hung.said()
+    assert re.search(f"behind is {who}, {where}; others in step 6", hung.said())
+    sentence = rf"(?m)^.*{who} went first: no rank got on for 6\d s.* {where}"
+    assert len(re.findall(sentence, hung.said())) == len(hung.fronts), hung.said()
     wait_until_nothing_is_left(cluster)
 
 

@@ -71,7 +71,7 @@ def test_whoever_hangs_is_found(counts: list[int], hung: int) -> None:
 
 def test_a_beat_keeps_its_time_however_late_it_is_told() -> None:
     one = rank(0, 0, 0.0)
-    beat = {"type": "beat", "step": 3, "doing": "forward", "state": "R"}
+    beat = {"type": "beat", "step": 3, "doing": "forward", "state": "R", "judged": False}
     one.take({**beat, "count": 7, "for_s": 1.0}, 10.0)
     one.take({**beat, "count": 7, "for_s": 3.0}, 12.5)  # half a second on the way
     assert (one.place.since_s, one.heard_s, one.place.step) == (9.0, 12.5, 3)

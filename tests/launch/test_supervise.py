@@ -17,7 +17,7 @@ import pytest
 
 from convnext_yolo.launch.command import Command, Ranks
 from convnext_yolo.launch.job import LaunchError
-from convnext_yolo.launch.supervision import allocation, guard, supervise
+from convnext_yolo.launch.supervision import allocation, output, supervise
 from convnext_yolo.launch.supervision import front as front_module
 from convnext_yolo.launch.supervision.front import Front
 from convnext_yolo.launch.supervision.rank import Rank, first_of, lost_hosts
@@ -156,22 +156,16 @@ def test_a_guard_may_say_several_things_at_once(
 ) -> None:
     """Its first beat follows its first words."""
     run = Front(job(tmp_path, "true"), Ranks({0: "a"}, tmp_path / "logs", count=1), 0)
-    with run, socket.create_connection(run.listener.getsockname()) as silent:
-        with socket.create_connection(run.listener.getsockname()) as guard_side:
+    host, port = run.callers.address.split(":")
+    with run, socket.create_connection((host, int(port))) as silent:
+        with socket.create_connection((host, int(port))) as guard_side:
             words = {"type": "hello", "token": run.token, "rank": 0, "host": "a", "pid": 1}
-            beat = {
-                "type": "beat",
-                "count": 3,
-                "step": 2,
-                "doing": "data",
-                "for_s": 0,
-                "state": "R",
-            }
+            place = {"count": 3, "step": 2, "doing": "data", "for_s": 0, "state": "R"}
+            beat = {"type": "beat", **place, "judged": False}
             guard_side.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (words, beat)))
 
             def is_heard() -> bool:  # who calls and says nothing keeps nobody waiting
-                for key, _ in run.selector.select(timeout=0.1):
-                    run._hear(key)
+                run._hear(timeout_s=0.1)
                 return bool(run.ranks) and run.ranks[0].place.count == 3
 
             until(is_heard, 5.0)
@@ -416,6 +410,6 @@ def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
 
 def test_reasons() -> None:
     lines = ["Traceback:", "[rank3]: torch.OutOfMemoryError: CUDA out of memory", "  bye"]
-    assert guard.reason(1, lines) == "exit code 1: torch.OutOfMemoryError: CUDA out of memory"
-    assert guard.reason(7, []) == "exit code 7: it said nothing"
-    assert guard.reason(-6, ["x"]) == "killed by SIGABRT"
+    assert output.reason(1, lines) == "exit code 1: torch.OutOfMemoryError: CUDA out of memory"
+    assert output.reason(7, []) == "exit code 7: it said nothing"
+    assert output.reason(-6, ["x"]) == "killed by SIGABRT"

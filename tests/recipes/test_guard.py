@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from convnext_yolo.model.assign import Targets
+from convnext_yolo.model.losses import AnchorCriterion
 from convnext_yolo.recipes.checkpoint import load_checkpoint, published
+from convnext_yolo.recipes.guard import NO_MEMORY, Guard, MicroBatch, _Watch
 from convnext_yolo.recipes.tracking import read_metrics
 
 from .conftest import STEPS, TinyRun
@@ -47,8 +54,11 @@ def test_the_module_and_the_pictures_are_named_and_the_step_skipped(
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
-def test_a_gradient_is_named_too(fork_server: ForkServer, tiny_run: Callable[..., TinyRun]) -> None:
-    run = tiny_run("nan-gradient")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_a_gradient_is_named_too(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], again: bool
+) -> None:
+    run = tiny_run(f"nan-gradient-{again}", deepspeed={"activation_checkpointing": again})
     codes, output = run_with_nan(fork_server, run, f"gradient:{MODULE}", "2")
     assert codes == [0, 0], output
     assert (
@@ -77,3 +87,38 @@ def test_too_many_in_a_row_end_the_run(
     assert re.search(r"error: step 7: 3 steps in a row gave gradients that are no numbers", output)
     assert "Traceback" not in output
     assert published(run.folder / "checkpoints")[0].name == "step-00000004"
+
+
+def test_the_last_one_that_is_allowed_is_named(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    run = tiny_run("nan-once", optimizer={"skip_limit": 1})
+    _, output = run_with_nan(fork_server, run, MODULE, "2")
+    assert re.search(rf"error: step 2: 1 steps in a row .*first in the output of {MODULE}", output)
+
+
+def test_a_search_that_lacks_memory_is_no_failure() -> None:
+    """The step itself had enough, but the other ranks wait for what is found here."""
+
+    class Full(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = SimpleNamespace(module=Full(), zero_optimization_stage=lambda: 1)
+    guard = Guard(engine, AnchorCriterion(1.0, 1.0, 1.0), "fp32", 1)
+    nothing = Targets(torch.zeros(0), torch.zeros(0), torch.zeros(0, 4))
+    batch = MicroBatch(torch.zeros(1, 3, 8, 8), nothing, (1,), 0)
+    assert guard._find(batch) == NO_MEMORY
+
+
+def test_a_search_keeps_one_output_only() -> None:
+    """All of them would need more memory than the step, whose activations may not be kept."""
+    kept: list[weakref.ref[Tensor]] = []
+    watch = _Watch()
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    for name, layer in layers.named_children():
+        layer.register_forward_hook(watch.hook(name))
+        layer.register_forward_hook(lambda m, i, output: kept.append(weakref.ref(output)))
+    with torch.no_grad():
+        layers(torch.zeros(1, 4))
+    assert not any(ref() is not None for ref in kept)
