@@ -62,7 +62,7 @@ class Guard:
         rank_environment[heartbeat.HEARTBEAT] = str(self.heartbeat)
         # so that the front finds what a killed guard leaves here
         rank_environment[JOB] = environment[FRONT].rpartition(":")[2]
-        self._stopped_at_start = self._asked = False
+        self._stopped_at_start = self._asked = self._has_ended = False
         for number in SIGNALS:  # before there is a rank: none may slip through
             signal.signal(number, self._on_signal)
         self.child = subprocess.Popen(
@@ -105,6 +105,7 @@ class Guard:
         why = reason(code, self.output.last_lines)
         if self._stopped_at_start and code in (-signal.SIGTERM, -signal.SIGUSR1, 130):
             code, why = 0, "stopped before it had begun"
+        self._has_ended = True
         exit_ = {"type": "exit", "code": code, "reason": why, "verdict": None}
         if self.first:
             self._send_to(self.first, **exit_)
@@ -157,6 +158,8 @@ class Guard:
                 for message in messages:
                     self._obey_first(message)
                 messages = self.first.receive()
+        if self._has_ended:  # it may have, too: all ranks have ended
+            return
         where = self._first_address.rpartition(":")[0]
         gone = Verdict(1, f"the command on host 0 ({where}) is gone, and its ranks with it")
         self.verdict = self.verdict or gone
