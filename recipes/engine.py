@@ -5,6 +5,7 @@ accumulation follows from the world size. Losses are means within a micro-batch 
 means over micro-batches, so every world size computes the same step.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..data_prep.stream import BatchPlan
 from ..model.detector import Detector
 from ..model.norms import micro_batch_norms
 from .config import Recipe, RecipeError
+from .deepspeed_options import ignored_options
 from .distributed import World
 from .optim import build_optimizer, freeze
 from .precision import autocast_fp16
@@ -110,11 +112,18 @@ def _merge_options(config: dict[str, Any], options: dict[str, Any], path: str) -
 
 
 def build_engine(recipe: Recipe, model: Detector, plan: BatchPlan) -> Any:
-    """Wraps the model, whose weights must be loaded by now, into a DeepSpeed engine."""
+    """Wraps the model, whose weights must be loaded by now, into a DeepSpeed engine.
+
+    Raises:
+        RecipeError: options that DeepSpeed or the recipe's other keys forbid.
+    """
     import deepspeed
 
     options = recipe.deepspeed
     config = deepspeed_config(recipe, plan)
+    for key in ignored_options(config, options.options) if options.options else ():
+        if plan.rank == 0:
+            print(f"warning: deepspeed.options.{key}: DeepSpeed does not know it", file=sys.stderr)
     freeze(model, recipe.optimizer.freeze)
     if options.activation_checkpointing:
         model.backbone.checkpoint_activations()

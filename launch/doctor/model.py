@@ -1,12 +1,11 @@
 """What follows from a recipe alone, but takes torch, timm and perhaps DeepSpeed to find out.
 
 The detector is built of shapes, without numbers. DeepSpeed is asked only where the recipe has keys
-of its configuration: it reads one that remembers which of its keys were looked at.
+of its configuration.
 """
 
-import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def recipe_facts(configs: Sequence[str], options: Sequence[str], world_size: int
     found.gradient_bytes = FP32_BYTES * trained
     found.checkpoint_bytes = FP32_BYTES * (2 * tensors + moments * trained)  # weights and average
     try:
-        found.error, found.ignored = _deepspeed(recipe, world_size)
+        found.ignored = _ignored(recipe, world_size)
     except RecipeError as error:
         found.error = str(error)
     return found
@@ -68,36 +67,14 @@ def _ring_bytes(recipe: Any) -> int:
     return workers * (PREFETCH + 1) * frames * height * width * 3
 
 
-class _Remembers(dict[str, Any]):
-    """A dictionary that knows which of its keys were looked at."""
-
-    def __init__(self, content: Mapping[str, Any]):
-        super().__init__(content)
-        self.seen: set[Any] = set()
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self.seen.add(key)
-        return super().get(key, default)
-
-    def __getitem__(self, key: Any) -> Any:
-        self.seen.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: Any) -> bool:
-        self.seen.add(key)
-        return super().__contains__(key)
-
-    def __copy__(self) -> "_Remembers":
-        return self  # DeepSpeed reads a copy
-
-
-def _deepspeed(recipe: Any, world_size: int) -> tuple[str, list[str]]:
-    """What DeepSpeed refuses, and which of the recipe's own keys for it that it passes over.
+def _ignored(recipe: Any, world_size: int) -> list[str]:
+    """Those of the recipe's own keys for DeepSpeed that it passes over.
 
     Raises:
-        RecipeError: options that contradict the recipe.
+        RecipeError: options that contradict the recipe, or that DeepSpeed refuses.
     """
     from ...data_prep.stream import BatchPlan
+    from ...recipes.deepspeed_options import ignored_options
     from ...recipes.engine import deepspeed_config
 
     total, micro = recipe.batch.global_size, recipe.batch.micro
@@ -105,19 +82,10 @@ def _deepspeed(recipe: Any, world_size: int) -> tuple[str, list[str]]:
     plan = BatchPlan(total, micro, 0, world_size if fits else 1)
     config = deepspeed_config(recipe, plan)
     if not recipe.deepspeed.options:
-        return "", []
+        return []
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    alone = copy.deepcopy(config)
-    alone["train_batch_size"] = micro * alone["gradient_accumulation_steps"]  # it counts us alone
-    remembers = _Remembers(alone)
-    try:
-        DeepSpeedConfig(remembers)
-    except Exception as error:  # pydantic's, assertions, its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"deepspeed.options: DeepSpeed refuses them: {' '.join(lines[:3])}", []
-    return "", [key for key in recipe.deepspeed.options if key not in remembers.seen]
+    config["train_batch_size"] = micro * config["gradient_accumulation_steps"]  # it counts us alone
+    return ignored_options(config, recipe.deepspeed.options)

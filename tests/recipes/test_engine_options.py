@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -54,3 +55,28 @@ def test_a_compiled_model_trains_the_same(
     for found, want in zip(compiled, eager, strict=True):
         assert found == pytest.approx(want, abs=1e-3)
     assert compiled != eager  # to the last digit: it was compiled
+
+
+def test_options_that_deepspeed_refuses_are_the_recipes_mistake(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """One sentence instead of pydantic's traceback."""
+    options = {"zero_optimization": {"overlap_com": True}}
+    run = tiny_run("refused", deepspeed={"options": options}, **FOUR_STEPS)
+    job = fork_server.start(2, "-m", "convnext_yolo.launch", "train", "--config", str(run.recipe))
+    assert 2 in job.wait(), job.output
+    assert "error: deepspeed.options: DeepSpeed refuses them: 1 validation error" in job.output
+    assert "overlap_com Extra inputs are not permitted" in job.output
+    assert "Traceback" not in job.output and not run.folder.exists()
+
+
+def test_an_option_that_deepspeed_does_not_know_is_told(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """It would pass over it without a word; those that it knows it takes."""
+    options = {"prescale_gradient": True, "wall_clock_breakdown": False}
+    run = tiny_run("unknown", deepspeed={"options": options}, **FOUR_STEPS)
+    job = fork_server.start(2, "-m", "convnext_yolo.launch", "train", "--config", str(run.recipe))
+    assert job.wait() == [0, 0], job.output
+    told = re.findall(r"^warning: (.*)$", job.output, re.M)
+    assert told == ["deepspeed.options.prescale_gradient: DeepSpeed does not know it"], job.output
