@@ -19,7 +19,7 @@ from ..model.detector import Detector, build_criterion, build_detector, without_
 from ..model.weights import begin_from
 from . import state
 from .build import architecture
-from .checkpoint import Checkpoint, find_checkpoint
+from .checkpoint import Checkpoint, find_checkpoint, published
 from .checkpoint_writer import CheckpointWriter
 from .config import Recipe
 from .data import open_shards, training_stream
@@ -197,5 +197,18 @@ class Run:
 
     def _start_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
         write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
-        run_ids = checkpoint.state["tracker_ids"] if checkpoint else {}
+        goes_on = checkpoint is not None and not self._branches_off(checkpoint)
+        run_ids = checkpoint.state["tracker_ids"] if checkpoint and goes_on else {}
         return Tracker(self.recipe, self.folder, self.step, run_ids)
+
+    def _branches_off(self, checkpoint: Checkpoint) -> bool:
+        """Whether trackers hold another course of the steps to come, which they would keep.
+
+        So it is where another run's checkpoint was given, or an earlier one of this run under a
+        recipe that has changed: else the steps that are repeated give the same numbers again.
+        """
+        folder = self.folder / "checkpoints"
+        if checkpoint.path.resolve().parent != folder.resolve():
+            return True
+        is_newest = published(folder)[0].name == checkpoint.path.name
+        return bool(self.changes) and not is_newest

@@ -15,7 +15,7 @@ import pytest
 from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 
 from .forkserver import ForkServer
-from .short_runs import kill_at_step, train
+from .short_runs import FOUR_STEPS, kill_at_step, saved, train
 
 pytestmark = pytest.mark.process
 
@@ -118,3 +118,22 @@ def test_one_rank_trains_the_same(
     run = tiny_run("alone")
     assert "global batch 8 = micro-batch 2 x 4 x 1" in train(fork_server, run, 1)
     check_same_losses(run, whole)
+
+
+def test_a_course_that_differs_is_a_run_of_its_own_for_trackers(
+    fork_server: ForkServer, tiny_run: Callable[..., Any]
+) -> None:
+    """They would keep the steps that they hold; where all is repeated, that is as it should be."""
+    run = tiny_run("branches", **FOUR_STEPS)
+    wandb = ("--tracking.wandb", "offline")
+    train(fork_server, run, 1, *wandb)
+
+    def again(name: str, *options: str) -> str:
+        earlier = str(run.folder / "checkpoints/step-00000002")
+        train(fork_server, run, 1, *wandb, "--resume", earlier, *options)
+        return str(saved(run.folder.with_name(name)).state["tracker_ids"]["wandb"])
+
+    first = str(saved(run.folder).state["tracker_ids"]["wandb"])
+    assert again(run.folder.name) == first
+    assert again(run.folder.name, "--optimizer.lr", "0.02") != first
+    assert again("elsewhere", "--run", str(run.folder.with_name("elsewhere"))) != first
