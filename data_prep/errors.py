@@ -11,6 +11,12 @@ class DataError(Exception):
     on_one_rank = False  # others know nothing of it: this one must speak
 
 
+class AwayError(DataError):
+    """A server stayed away too long. It may be back later: a job may be started again."""
+
+    exit_code = 1
+
+
 class CorruptSampleError(DataError):
     """One sample can't be used; training replaces it and goes on (see `quarantine`).
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from .errors import DataError
+from .errors import AwayError, DataError
 
 # scheme: the package that fsspec wants for it
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -99,7 +99,8 @@ class RemoteFolder:
             mend: what to do about a file that is not there.
 
         Raises:
-            DataError: it is not there, the host refuses, or it stayed away too long.
+            DataError: it is not there, the host refuses, or never answered.
+            AwayError: the host has answered once, and then stayed away too long.
         """
         first_failure_s: float | None = None
         attempt, told = 0, False
@@ -122,7 +123,7 @@ class RemoteFolder:
             first_failure_s = began_s if first_failure_s is None else first_failure_s
             away_s = self._clock() - first_failure_s
             if away_s >= self.patience_s:
-                raise DataError(
+                raise (AwayError if self.known_host else DataError)(
                     f"{self.host} has not answered for {self.patience_s:g} s ({why}); see that it "
                     "is up and can be reached from here, then start again, or have more patience "
                     "with data.patience_s (of `eval`: --patience-s)"

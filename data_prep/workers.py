@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import DataError
+from .errors import AwayError, DataError
 
 
 def load(data: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
@@ -29,7 +29,8 @@ def load(data: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
         return
     except DataError as error:
         # torch packs a worker's whole traceback into the text; the sentence ends it.
-        sentence = str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()
+        sentence = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        kind = AwayError if isinstance(error, AwayError) else DataError
         error.__traceback__ = None  # it holds the loader, and that its workers
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
@@ -39,7 +40,8 @@ def load(data: Dataset[Any], workers: int, **options: Any) -> Iterator[Any]:
             "or give the job more memory"
         )
         error.__traceback__ = None
-    failure = DataError(sentence)
+        kind = DataError
+    failure = kind(sentence)
     failure.on_one_rank = True
     raise failure
 

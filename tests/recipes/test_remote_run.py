@@ -60,7 +60,7 @@ def test_a_run_ends_when_the_server_stays_away(
     job = fork_server.start(1, *TRAIN, str(run.recipe), **NO_PROXY)
     job.wait_for_line("training")
     server.kill()
-    assert job.wait() == [2], job.output
+    assert job.wait() == [1], job.output  # no mistake: --max-restarts may start it again
     assert "Traceback" not in job.output
     sentence = f"convnext-yolo train: error: 127.0.0.1:{server.port} has not answered for 2 s ("
     assert job.output.splitlines()[-1].startswith(sentence)
