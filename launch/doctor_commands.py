@@ -38,6 +38,11 @@ def _doctor(commands: Commands) -> None:
         metavar="N",
         help="on this machine; default: as many GPUs as the batch divides by, or 1 CPU process",
     )
+    where.add_argument(
+        "--slurm",
+        action="store_true",
+        help="on all hosts of the Slurm job that this runs in",
+    )
     parser.add_argument(
         "--world-size",
         type=positive,
@@ -85,6 +90,7 @@ def _run(options: argparse.Namespace) -> int:
         options=options.rest,
         resume=options.resume,
         hostfile=options.hostfile,
+        slurm=options.slurm,
         processes=options.processes,
         world_size=options.world_size,
         master_address=options.master_addr,
@@ -113,14 +119,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check_world_size(options: argparse.Namespace) -> None:
     """Ends the program where the ranks of all hosts contradict the other options."""
-    if options.node_rank is not None and (options.hostfile or not options.master_addr):
+    reached = options.hostfile or options.slurm
+    if options.node_rank is not None and (reached or not options.master_addr):
         options.parser.error(
             "--node-rank is of hosts that ssh does not reach: give it with --master-addr of host "
-            "0, and without --hostfile"
+            "0, and without --hostfile and --slurm"
         )
     all_ranks, here = options.world_size, options.processes or 1
-    if all_ranks and options.hostfile:
-        options.parser.error("--world-size and --hostfile both count all ranks; give one of them")
+    if all_ranks and (options.hostfile or options.slurm):
+        other = "--hostfile" if options.hostfile else "--slurm"
+        options.parser.error(f"--world-size and {other} both count all ranks; give one of them")
     if all_ranks and all_ranks < here:
         options.parser.error(
             f"--world-size {all_ranks}: counts the ranks of all hosts, and --processes {here} of "

@@ -94,8 +94,9 @@ def _add_master(parser: Parser, default: str) -> None:
 _SLURM_EPILOG = """
 Writes a job script and the recipe as it is now to RUN/launch/, and submits it. The job publishes a
 checkpoint when Slurm is about to end it, and goes back into the queue until the run is finished.
-Before that the doctor looks at recipe, batch, shards, weights, run folder and --resume, as this
-host sees them, and at nothing else; if the job's hosts alone have some of it, give --no-doctor.
+Before that the doctor looks at recipe, batch, shards, weights, run folder and --resume as this host
+sees them; if the job's hosts alone have some of it, give --no-doctor. On those it looks at the
+start of the job, whose log has what it found.
 """
 
 
@@ -148,6 +149,7 @@ def _slurm(where: Commands) -> None:
             account=options.account,
             warning_s=options.warning_s,
             stall_s=options.stall_s,
+            asks_doctor=not options.no_doctor,
             more=tuple(options.sbatch),
             env=tuple(options.env),
         )

@@ -35,6 +35,7 @@ class Allocation:
     account: str | None = None
     warning_s: int = 120  # before the time limit
     stall_s: int = LIMIT_S  # without progress, then the job is ended; 0: never
+    asks_doctor: bool = True  # on the job's hosts, whenever it starts
     more: tuple[str, ...] = ()  # further options, as sbatch takes them
     env: tuple[str, ...] = ()
 
@@ -71,6 +72,7 @@ def job_script(job: Job, allocation: Allocation) -> str:
         f"python={shlex.quote(sys.executable)}",
         f"recipe=({config})",
         f"resume={shlex.quote(job.resume)}",
+        f"doctor={'yes' if allocation.asks_doctor else 'no'}",
         f"stall_s={allocation.stall_s}",
     ]
     return "\n".join([*head, "", "".join(body[1:])])

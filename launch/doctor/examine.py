@@ -18,6 +18,7 @@ from ...recipes.load import load_recipe, recipe_path
 from ..hostfile import read_hostfile
 from ..job import LaunchError, fitting, given_environment, rank_environment
 from ..launchers import deepspeed_env
+from ..slurm_job import job_hosts
 from .environment import (
     check_accelerator,
     check_environment_files,
@@ -100,7 +101,13 @@ def _master(setup: Setup, hosts: Mapping[str, int]) -> str:
 
 
 def _hosts(setup: Setup, found: Examination) -> dict[str, int] | None:
-    """The hosts and their slots; this machine's are 0 where they follow from its GPUs."""
+    """The hosts and their slots; this machine's are 0 where they follow from its GPUs.
+
+    Raises:
+        LaunchError: the Slurm job that they are those of is none.
+    """
+    if setup.slurm:
+        return job_hosts()
     if setup.hostfile is None:
         return {HERE: setup.processes or 0}
     try:
@@ -168,7 +175,7 @@ def _judge_hosts(
             continue
         if setup.hostfile is None:
             environment = {**os.environ, **environment}
-            if not setup.processes:
+            if not (setup.processes or setup.slurm):
                 gpus = its.torch_gpus or 0
                 found.hosts[host] = fitting(recipe, gpus) if gpus and recipe else 1
         if recipe:
@@ -178,7 +185,7 @@ def _judge_hosts(
     findings += compare_hosts(facts)
     if not recipe:
         return
-    if setup.hostfile is not None:
+    if setup.is_far:
         findings += compare_recipes(recipe.model_dump(mode="json", by_alias=True), facts)
     world_size = setup.world_size or sum(found.hosts.values())
     what = f"hostfile {setup.hostfile}" if setup.hostfile else f"{world_size} processes"

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes.config import Recipe
+from ..slurm_job import srun_words
 from .facts import HostFacts, Meeting, RecipeFacts
 from .findings import Finding
 from .machine import check_skew
 from .meeting import bandwidth_gbit
 from .network import check_address, check_meeting, check_name, check_port, check_start
-from .session import ProbeError, ProbeSession, Session, greet, ssh_words
+from .session import MODULE, ProbeError, ProbeSession, Session, greet, ssh_words
 from .setup import HERE, Examination, Say, Setup
 
 # Host, and the command that starts a probe there (None: on this machine), to a session.
@@ -88,7 +89,7 @@ class Interview:
 
     def ask_for_facts(self, found: Examination, recipe: Recipe | None) -> None:
         """Starts the probes, and gathers the facts of all hosts that answer."""
-        is_far = self.setup.hostfile is not None
+        is_far = self.setup.is_far
         if is_far:
             self.say(f"calling {len(self.hosts)} host(s)")
         for host in self.hosts:
@@ -97,7 +98,9 @@ class Interview:
             try:
                 greet(session)
             except ProbeError as silence:
-                self._drop(host, check_start(host, silence, sys.executable), found)
+                by_srun = self.setup.slurm
+                finding = check_start(host, silence, sys.executable, by_srun)
+                self._drop(host, finding, found)
         settled = self._ask_all(
             "settle", CLOCK_S, found, folder=os.getcwd(), environment=dict(self.environment)
         )
@@ -116,6 +119,8 @@ class Interview:
 
     def _words(self, host: str) -> list[str]:
         # What the interpreter needs before the probe can be asked to set anything.
+        if self.setup.slurm:  # which hands on the whole environment
+            return srun_words(host, [sys.executable, "-m", MODULE])
         early = {name: os.environ[name] for name in ("PYTHONPATH",) if os.environ.get(name)}
         return ssh_words(host, sys.executable, self.setup.ssh_port, early)
 
@@ -185,7 +190,7 @@ class Interview:
 
     def try_to_meet(self, found: Examination, master: str, is_worth_it: bool) -> None:
         """The port of the first host, then, if it is worth it, an all-reduce over all hosts."""
-        if self.setup.hostfile is None:
+        if not self.setup.is_far:
             return
         port, hosts = self.setup.master_port, list(self.sessions)
         first = hosts[0]

@@ -48,9 +48,12 @@ _STARTS = (
 )
 
 
-def check_start(host: str, silence: ProbeError, python: str) -> Finding:
-    """A host on which no probe could be started."""
+def check_start(host: str, silence: ProbeError, python: str, by_srun: bool = False) -> Finding:
+    """A host on which no probe could be started, by ssh or, in a Slurm job, by srun."""
     why = "the launcher starts its ranks in the same way"
+    if by_srun:
+        mend = f"`srun --nodelist={host} {python} -V` in a job must answer at once"
+        return error(host, f"srun starts no probe there: {silence.said}", why, mend)
     for pattern, what, mend in _STARTS:
         if re.search(pattern, silence.said, re.IGNORECASE):
             what, mend = what.format(python=python), mend.format(host=host)

@@ -20,6 +20,7 @@ class Setup:
         options: `--key.sub value` words.
         resume: as `train` takes it.
         hostfile: lines of `host slots=N`; None: this machine alone.
+        slurm: the hosts are those of the Slurm job that this is.
         processes: ranks on this machine; by default its GPUs, or one.
         world_size: ranks on all machines, where the others are started by hand; by default those
             of the hostfile, or of this machine.
@@ -38,6 +39,7 @@ class Setup:
     options: Sequence[str] = ()
     resume: str = "auto"
     hostfile: Path | None = None
+    slurm: bool = False
     processes: int | None = None
     world_size: int | None = None
     master_address: str | None = None
@@ -47,6 +49,11 @@ class Setup:
     elsewhere: bool = False
     ssh_port: int | None = None
     env: Sequence[str] = ()
+
+    @property
+    def is_far(self) -> bool:
+        """Whether other hosts can be asked from here."""
+        return self.slurm or self.hostfile is not None
 
 
 @dataclass

@@ -8,7 +8,6 @@ was stopped twice in a row, at its time limit, say, before it had published anyt
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ...recipes.resume import is_finished
     from ..command import Command, Ranks
     from ..job import LaunchError, logs_folder
+    from ..slurm_job import job_hosts
     from .supervise import run_once
 
     try:
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoints = Path(recipe.run) / "checkpoints"
         before = published(checkpoints)[:1]
         count = int(os.environ.get("SLURM_NTASKS", "0"))
-        ranks = Ranks({}, logs_folder(recipe), _hosts(), count)
+        callers = tuple(reversed(job_hosts()))  # not this one, the first, if there are others
+        ranks = Ranks({}, logs_folder(recipe), callers, count)
         outcome = run_once(Command(words[end + 1 :], ranks=ranks), options.stall_s)
     except (RecipeError, LaunchError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -72,15 +73,6 @@ def _stopped(idle: Path, has_published: bool) -> int:
         file=sys.stderr,
     )
     return 1
-
-
-def _hosts() -> tuple[str, ...]:
-    """The hosts of this job, this one, the first, at the end: it is the others that call here."""
-    nodes = os.environ["SLURM_JOB_NODELIST"]
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-    )
-    return tuple(reversed(names.stdout.split()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ what that one has decided.
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -72,7 +73,7 @@ class Guard:
             env=rank_environment,
             start_new_session=True,
             pass_fds=[self.heartbeat],
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with_parent, os.getpid()),
         )
         self._started_s = time.monotonic()
         self._sending = threading.Lock()
@@ -257,5 +258,7 @@ def guard_command(words: Sequence[str]) -> int:
     return guard.run()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died meanwhile
+        os._exit(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,8 @@ class Rank:
             place = int(message["step"]), str(message["doing"])
             self.place = Place(count, *place, since_s, str(message["state"]))
             self.is_judged = bool(message["judged"])
+        elif message["type"] == "signal":
+            signal.Signals(message["number"])
 
     def lose(self, reason: str, since_s: float) -> None:
         """It is gone since then, and nobody has said why."""

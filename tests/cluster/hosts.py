@@ -10,13 +10,14 @@ stand side by side, and the machine's own network is not touched.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import string
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 NETWORK = "10.77.0"
@@ -264,3 +265,24 @@ def _close(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
 
 def _line(words: Sequence[str | Path]) -> str:
     return " ".join(map(str, words))
+
+
+@contextmanager
+def instead(host: Host, path: Path, text: str, folder: Path) -> Iterator[None]:
+    """Another file in the place of one, on one host alone."""
+    (folder / "instead").mkdir(exist_ok=True)
+    other = folder / "instead" / path.name
+    other.write_text(text)
+    host.run(["mount", "--bind", other, path])
+    try:
+        yield
+    finally:
+        host.run(["umount", path])
+
+
+def other_deepspeed(host: Host, version: str, folder: Path) -> AbstractContextManager[None]:
+    """Another version of DeepSpeed on one host, as far as its metadata says."""
+    found = importlib.metadata.distribution("deepspeed")
+    metadata = Path(str(found.locate_file(f"deepspeed-{found.version}.dist-info/METADATA")))
+    text = f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n"
+    return instead(host, metadata, text, folder)

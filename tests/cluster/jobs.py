@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 from ..recipes.conftest import TinyRun
 from . import services
 from .cluster import Cluster
-from .hosts import ClusterError, HostProcess, wait_for
+from .hosts import ClusterError, Host, HostProcess, wait_for
 
 WATCHED = Path(__file__).with_name("watched")
 PORT = "29500"  # of the cluster's own network, where it is always free
@@ -97,10 +98,14 @@ class Job:
         """Waits for the job's end, which must be a good one."""
         codes = self.finish()
         if self.launcher == "slurm":
-            queue = ["squeue", "--noheader", f"--jobs={self.number}"]
-            first = self.cluster.hosts[0]
-            self._wait(lambda: not first.run(queue), "the job leaves the queue", 150)
+            self.wait_until_gone()
         assert not any(codes), self.said()
+
+    def wait_until_gone(self) -> None:
+        """Waits until Slurm has nothing more to do with the job."""
+        queue = ["squeue", "--noheader", f"--jobs={self.number}"]
+        first = self.cluster.hosts[0]
+        self._wait(lambda: not first.run(queue), "the job leaves the queue", 150)
 
     def hold(self, point: str) -> None:
         """Has ranks wait there, see watched/sitecustomize.py."""
@@ -159,6 +164,20 @@ class Job:
             assert parts.setdefault((step, lane), content) == content
         steps = sorted({step for step, _ in parts})
         return {n: [parts[k] for k in sorted(parts) if k[0] == n] for n in steps}
+
+
+def rank_on(host: Host) -> int:
+    """The process of the one rank that trains on a host, seen from here."""
+    processes = host.processes(" train --config")
+    # Its guard, under torchrun and Slurm a leader itself, has made it the leader of a session.
+    leaders = [process for process in processes if os.getsid(process) == process]
+    parents = {process: _parent(process) for process in leaders}
+    return next(p for p in leaders if p not in parents.values() and parents[p] in processes)
+
+
+def _parent(process: int) -> int:
+    stat = Path(f"/proc/{process}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 def left(cluster: Cluster, but: Sequence[str] = ()) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -10,15 +9,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ..recipes.conftest import TinyRun
 from .cluster import Cluster
-from .hosts import SCRATCH, Host, wait_for
+from .hosts import SCRATCH, instead, other_deepspeed, wait_for
 
 pytestmark = pytest.mark.process
 
@@ -51,19 +49,6 @@ def examine(
     return process.returncode, printed
 
 
-@contextmanager
-def instead(host: Host, path: Path, text: str, folder: Path) -> Iterator[None]:
-    """Another file in the place of one, on one host alone."""
-    (folder / "instead").mkdir(exist_ok=True)
-    other = folder / "instead" / path.name
-    other.write_text(text)
-    host.run(["mount", "--bind", other, path])
-    try:
-        yield
-    finally:
-        host.run(["umount", path])
-
-
 def test_two_hosts_in_order(
     cluster: Cluster, tiny_run: Callable[..., TinyRun], tmp_path: Path
 ) -> None:
@@ -90,12 +75,9 @@ def test_a_host_that_is_unlike_the_other(
     recipe = run.recipe.read_text().replace(shards, str(SCRATCH / "train"))
     run.recipe.write_text(recipe)
     (tmp_path / "sitecustomize.py").write_text(CLOCK)
-    metadata = Path(str(importlib.metadata.distribution("deepspeed").locate_file(""))) / (
-        f"deepspeed-{importlib.metadata.version('deepspeed')}.dist-info/METADATA"
-    )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     with (
-        instead(b, metadata, "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.1\n", tmp_path),
+        other_deepspeed(b, "0.18.1", tmp_path),
         instead(b, run.recipe, recipe + "seed: 7\n", tmp_path),
     ):
         code, printed = examine(cluster, run, env={"PYTHONPATH": path})

@@ -7,13 +7,12 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from ..recipes.conftest import STEPS
 from .cluster import Cluster
-from .jobs import Job, wait_until_nothing_is_left
+from .jobs import Job, rank_on, wait_until_nothing_is_left
 
 pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
@@ -155,11 +154,7 @@ def test_a_rank_that_hangs_is_named(
     hung.hold("step-6")
     hung.start("--stall-s", "60")
     hung.wait_until_held("step-6")
-    processes = b.processes(" train --config")
-    # Its guard, a leader itself under torchrun, has made it the leader of a session.
-    leaders = [p for p in processes if os.getsid(p) == p]
-    rank = next(p for p in leaders if p not in map(parent, leaders) and parent(p) in processes)
-    os.kill(rank, signal.SIGSTOP)
+    os.kill(rank_on(b), signal.SIGSTOP)
     hung.release("step-6")
     assert all(hung.finish(100)), hung.said()
     who = f"rank 1 on {b.address}" if launcher == "deepspeed" else rf"rank [01] on {b.name}"
@@ -168,8 +163,3 @@ def test_a_rank_that_hangs_is_named(
     sentence = rf"(?m)^.*{who} went first: no rank got on for 6\d s.* {where}"
     assert len(re.findall(sentence, hung.said())) == len(hung.fronts), hung.said()
     wait_until_nothing_is_left(cluster)
-
-
-def parent(process: int) -> int:
-    stat = Path(f"/proc/{process}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from ..recipes.conftest import STEPS
 from .cluster import Cluster
-from .jobs import Job, wait_until_nothing_is_left
+from .hosts import other_deepspeed
+from .jobs import Job, rank_on, wait_until_nothing_is_left
 
 pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
@@ -63,6 +67,42 @@ def test_interrupted_jobs_go_on(
     starts = re.findall(rf"(?:from|resuming at) step (\d+) of {STEPS}", slurm.said())
     assert starts == [str(2 * turn) for turn in range(len(interruptions) + 1)], slurm.said()
     check_same(slurm, uninterrupted)
+    wait_until_nothing_is_left(cluster)
+
+
+def test_a_job_does_not_begin_on_hosts_that_differ(
+    cluster: Cluster, job: Callable[..., Job], tmp_path: Path
+) -> None:
+    """Which ones it gets, only the job knows: so there the doctor compares them."""
+    a, b = cluster.hosts
+    slurm = job("slurm", "slurm_doctor", doctor=True)
+    with other_deepspeed(b, "0.18.1", tmp_path):
+        slurm.start()
+        slurm.wait_until_said("mend the errors first", timeout_s=120)
+    slurm.wait_until_gone()
+    said = slurm.said()
+    assert re.search(rf"(?m)^error   {b.name}: deepspeed is 0\.18\.1, but \S+ on {a.name};", said)
+    assert re.search(r"(?m)^all-reduce over 2 hosts \(gloo\): [\d.]+ Gbit/s", said), said
+    assert (
+        "training seed_convnext_yolo" not in said and not slurm.run.folder.joinpath("logs").exists()
+    )
+    wait_until_nothing_is_left(cluster)
+
+
+@pytest.mark.long
+def test_a_job_of_which_a_rank_fails_ends(cluster: Cluster, job: Callable[..., Job]) -> None:
+    """It would fail again: it is not requeued, and its log says who went first."""
+    _, b = cluster.hosts
+    slurm = job("slurm", "slurm_failed")
+    slurm.hold("step-7")
+    slurm.start()
+    slurm.wait_until_held("step-7", timeout_s=120)
+    os.kill(rank_on(b), signal.SIGKILL)
+    slurm.release("step-7")
+    slurm.wait_until_gone()
+    said = slurm.said()
+    assert re.search(rf"rank 1 on {b.name} went first: killed by SIGKILL", said), said
+    assert "back into the queue" not in said and slurm.steps_published() == [4]
     wait_until_nothing_is_left(cluster)
 
 

@@ -21,7 +21,8 @@ MORE = [pytest.param(launcher, marks=pytest.mark.long) for launcher in ("slurm",
 def test_two_hosts_train_as_one(
     launcher: str, cluster: Cluster, job: Callable[..., Job], uninterrupted: Job
 ) -> None:
-    two = job(launcher, f"two_hosts_{launcher}", doctor=launcher == "deepspeed")
+    has_doctor = launcher in ("deepspeed", "slurm")  # which then looks at both hosts
+    two = job(launcher, f"two_hosts_{launcher}".replace(" ", "_"), doctor=has_doctor)
     two.hold("step-1")
     two.start()
     two.wait_until_held("step-1")

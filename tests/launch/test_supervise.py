@@ -376,6 +376,7 @@ def test_within_a_slurm_job(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "host")
     monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2")
     job_words = job(tmp_path, f"if [ $RANK = 1 ]; then {fate}; fi; sleep .2").words
     recipe = ["--config", "quickstart", "--run", str(tmp_path), "--stall-s", "0"]
     assert allocation.main([*recipe, "--", *job_words]) == code

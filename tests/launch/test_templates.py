@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from convnext_yolo.launch import slurm
+from convnext_yolo.launch.commands import build_parser
 from convnext_yolo.launch.hostfile import read_hostfile
 from convnext_yolo.launch.job import HANDED_ON
 from convnext_yolo.recipes.load import load_recipe, recipe_path
@@ -194,6 +195,7 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
         tmp_path / "bin",
         python='if [[ $2 == *.allocation ]]; then while [ "$1" != -- ]; do shift; done; shift; '
         f'"$@"; exit; fi\nif [[ $2 == *.finished ]]; then exit {finished}; fi\n'
+        "if [[ $3 == doctor ]]; then exit; fi\n"
         f"{PRINTS}; exit {ranks}",
         srun="while [[ $1 == -* ]]; do shift; done; export SLURM_NTASKS=16 SLURM_LOCALID=3 \\\n"
         f'SLURM_PROCID=11; "$@"; code=$?; env >{tmp_path}/env; exit $code',
@@ -213,6 +215,23 @@ def test_when_a_slurm_job_goes_back_into_the_queue(
     assert lines[lines.index("--resume") + 1] == ("auto" if finished else "never")
     environment = (tmp_path / "env").read_text().splitlines()
     assert {"MASTER_ADDR=node1", "MASTER_PORT=13456", "SRUN_CPUS_PER_TASK=5"} <= set(environment)
+
+
+@pytest.mark.parametrize("doctor", ["yes", "no"])
+def test_a_slurm_job_asks_the_doctor_first(tmp_path: Path, doctor: str) -> None:
+    """With what the ranks get; an error ends the job, which Slurm then does not start again."""
+    stubs = programs(tmp_path / "bin", python=f"{PRINTS}; exit 1", scontrol="echo node1")
+    body = (LAUNCH / "slurm.sbatch").read_text().replace("python=.venv/bin/python", "python=python")
+    (tmp_path / "job").write_text(body.replace("\ndoctor=yes", f"\ndoctor={doctor}"))
+    job = {"SLURM_JOB_ID": 123456, "SLURM_JOB_NODELIST": "node1"}
+    result = run(["bash", "job"], tmp_path, stubs, **job)
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    at = lines.index("doctor" if doctor == "yes" else "train")
+    assert ("train" in lines) == (doctor == "no")
+    if doctor == "yes":
+        options, _ = build_parser().parse_known_args(lines[at:])
+        assert options.slurm and options.master_port == 13456 and options.resume == "auto"
 
 
 def until(condition: Callable[[], object]) -> None:
