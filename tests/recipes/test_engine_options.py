@@ -80,3 +80,19 @@ def test_an_option_that_deepspeed_does_not_know_is_told(
     assert job.wait() == [0, 0], job.output
     told = re.findall(r"^warning: (.*)$", job.output, re.M)
     assert told == ["deepspeed.options.prescale_gradient: DeepSpeed does not know it"], job.output
+
+
+def test_offloaded_moments_are_saved_and_resumed(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """The overlay as it comes: the same numbers as without it, on the way to another stage too."""
+    plain, away = (tiny_run(f"offload-{on}", **FOUR_STEPS) for on in (False, True))
+    train(fork_server, plain, 2)
+    train(fork_server, away, 2, "--config", "offload")
+    whole = [pytest.approx(step, abs=1e-5) for step in losses(plain.folder)]
+    assert losses(away.folder) == whole
+    middle = ("--resume", str(away.folder / "checkpoints/step-00000002"))
+    for more in (("--config", "offload"), ("--deepspeed.stage", "3")):
+        train(fork_server, away, 2, *middle, *more)
+        assert losses(away.folder) == whole
+        assert saved(away.folder).tensors.keys() == saved(plain.folder).tensors.keys()
