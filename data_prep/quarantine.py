@@ -1,6 +1,9 @@
 """The quarantine: which samples of a run's data could not be used, and when there are too many."""
 
+import errno
 import json
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +35,7 @@ class Quarantine:
         self.path, self.writes = folder / LEDGER_NAME, writes
         self.samples, self.limit = samples, limit
         self._written = self._read()
+        self._pending: list[Corrupt] = []  # not in the file yet
         beside = shard.rpartition("/")[0]
         self._corrupt = {place for place in self._written if place[0].rpartition("/")[0] == beside}
 
@@ -59,10 +63,25 @@ class Quarantine:
         found = dict.fromkeys(found)
         new = [corrupt for corrupt in found if _place(corrupt) not in self._written]
         self._written |= {_place(corrupt) for corrupt in new}
-        if new and self.writes:
+        self._pending += new
+        if self._pending and self.writes:
+            self._write()
+
+    def _write(self) -> None:
+        """Appends what is pending; on a full disk it waits, and training goes on."""
+        lines = "".join(json.dumps(asdict(corrupt)) + "\n" for corrupt in self._pending).encode()
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(corrupt)) + "\n" for corrupt in new)
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(lines) < len(lines):  # the last that fitted
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            why = f"{error.strerror}; written down later, while training goes on"
+            print(f"warning: {self.path}: can't be written ({why})", file=sys.stderr, flush=True)
+            return
+        self._pending.clear()
 
     def _read(self) -> set[tuple[str, str]]:
         try:

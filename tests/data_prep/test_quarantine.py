@@ -70,3 +70,15 @@ def test_a_damaged_ledger_is_named(tmp_path, content):
     (tmp_path / "quarantine.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=r"quarantine\.jsonl: the quarantine ledger can't be read"):
         ledger(tmp_path)
+
+
+def test_a_full_disk_ends_nothing(tmp_path, capsys):
+    """Other ranks would wait for the one that writes; the lines come when there is space."""
+    path, quarantine = tmp_path / "quarantine.jsonl", ledger(tmp_path)
+    path.symlink_to("/dev/full")
+    quarantine.note([A])
+    assert f"{path}: can't be written (No space left on device; " in capsys.readouterr().err
+    path.unlink()
+    quarantine.note([VAL])
+    written = [json.loads(line)["shard"] for line in path.read_text().splitlines()]
+    assert written == [A.shard, VAL.shard]
