@@ -116,19 +116,25 @@ class ChunkCache:
             if used is not None:
                 used += length_bytes
                 _write_count(file, used)
-        if used is None or used > self.bound_bytes:
-            self._evict(used or 0, length_bytes)
+        while (used is None or used > self.bound_bytes) and self._evict(length_bytes):
+            with self._locked("usage") as file:
+                used = _read_count(file)
 
-    def _evict(self, before: int, pending: int) -> None:
+    def _evict(self, pending: int) -> bool:
         """Removes what was not used for longest, unless another process is at it.
 
         Args:
-            before: what the count said, `pending` included.
             pending: bytes that are counted, but not yet in a file.
+
+        Returns:
+            Whether to look again: others do not wait for this, and may have written meanwhile.
         """
         with self._locked("evicting", wait=False) as lock:
-            if lock is None:
-                return
+            if lock is None:  # who is at it looks again
+                return False
+            with self._locked("usage") as file:
+                before = _read_count(file) or 0
+                _write_count(file, before)  # from here on it is known, and others add to it
             target = min(KEPT_AFTER_EVICTION * self.bound_bytes, self.bound_bytes - pending)
             files = sorted(self._files())
             total = sum(size for _, size, _ in files)
@@ -141,6 +147,7 @@ class ChunkCache:
             with self._locked("usage") as file:
                 meanwhile = max(0, (_read_count(file) or 0) - before)  # what others have added
                 _write_count(file, total + pending + meanwhile)
+            return total <= target
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
         """When last used in ns, bytes and path of everything in the cache."""

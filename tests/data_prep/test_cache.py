@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convnext_yolo.data_prep.cache import ChunkCache
+from convnext_yolo.data_prep.cache import ChunkCache, used_bytes
 
 FOLDER = f"{0:016x}/shard-000000.tar"
 
@@ -109,6 +111,58 @@ def test_what_a_killed_process_left_is_removed_in_its_turn(tmp_path):
     for number in range(8, 30):
         cache.write(name(number), bytes([number]) * 100)
     assert not left.exists()
+
+
+class _Disturbed(ChunkCache):
+    """A cache in which somebody does something at two moments of its next evictions."""
+
+    def __init__(self, *options: Any):
+        super().__init__(*options)
+        self.before: list[Callable[[], None]] = []  # it was found full, and is not evicting yet
+        self.within: list[Callable[[], None]] = []  # it has looked at all files
+
+    def _evict(self, *sizes: int) -> bool:
+        if self.before:
+            self.before.pop(0)()
+        return super()._evict(*sizes)
+
+    def _files(self) -> Iterator[tuple[int, int, str]]:
+        files = list(super()._files())
+        if self.within:
+            self.within.pop(0)()
+        yield from files
+
+
+def test_what_others_write_while_one_evicts_is_evicted_by_it(tmp_path):
+    """They do not wait for it, and may write nothing more afterwards."""
+    slow, other = _Disturbed(tmp_path, 3000), ChunkCache(tmp_path, 3000)
+
+    def fill() -> None:
+        for number in range(100, 140):
+            other.write(name(number), bytes(100))
+
+    slow.write(name(0), bytes(100))  # the first one of all counts the files
+    slow.within.append(fill)
+    for number in range(1, 31):
+        slow.write(name(number), bytes(100))
+    assert not slow.within and sum(stored(tmp_path).values()) <= 3000
+
+
+def test_the_count_holds_when_another_has_evicted_first(tmp_path):
+    """Else all would go on in the belief that there is room."""
+    slow, other = _Disturbed(tmp_path, 3000), ChunkCache(tmp_path, 3000)
+
+    def fill(*numbers: int) -> None:
+        for number in numbers:
+            other.write(name(number), bytes(100))
+
+    slow.write(name(0), bytes(100))
+    slow.before.append(lambda: fill(100))
+    slow.within.append(lambda: fill(*range(101, 106)))
+    for number in range(1, 31):
+        slow.write(name(number), bytes(100))
+    assert not slow.before and not slow.within
+    assert used_bytes(tmp_path) >= sum(stored(tmp_path).values())
 
 
 def _fill(folder: Path, first: int) -> None:
