@@ -626,12 +626,15 @@ def command_lines() -> list[str]:
 def slurm_here(tmp_path: Path) -> dict[str, str]:
     """The environment of a job's first host, and the programs of Slurm that its script calls.
 
-    `srun` starts two tasks here.
+    `srun` starts its tasks here, two unless it is asked for others.
     """
     folder = tmp_path / "slurm"
     folder.mkdir()
     programs = {
-        "srun": "while [[ $1 == -* ]]; do shift; done\nexport SLURM_NTASKS=2\n"
+        "srun": "count=2\nwhile [[ $1 == -* ]]; do\n"
+        "  if [[ $1 == --ntasks=* ]]; then count=${1#*=}; fi\n  shift\ndone\n"
+        "export SLURM_NTASKS=$count\n"
+        'if [ "$count" = 1 ]; then exec "$@"; fi\n'  # a probe is asked through its standard input
         'for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks+=($!); done\n'
         'code=0; for t in "${tasks[@]}"; do wait "$t" || code=$?; done; exit "$code"',
         "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else touch {folder}/requeued; fi',
@@ -641,6 +644,7 @@ def slurm_here(tmp_path: Path) -> dict[str, str]:
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "host"}
+    job["SLURM_TASKS_PER_NODE"] = "2"
     return {**environment(folder), **job}
 
 
