@@ -4,10 +4,14 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from .commands import build_parser
+
+# For the main rank to tell a mistake, and its launcher, or our supervision, to end the others.
+MAIN_RANK_S = 12.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        # Many processes find the same mistake, unless it came up in the midst of one's work.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "on_one_rank", False):
+        if getattr(error, "on_one_rank", False) or _is_left_alone():
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return int(code)
     finally:
         if signal.getsignal(signal.SIGTERM) is _interrupt:  # else the command has its own reasons
             signal.signal(signal.SIGTERM, before)
+
+
+def _is_left_alone() -> bool:
+    """Whether this process is to tell its mistake: no main rank has found the same.
+
+    As a rule all ranks find it. The main one tells it, and ends; then the launcher ends the others.
+    One that ends before might have the launcher end the main rank with its sentence unsaid. One
+    that is still here after a while has found the mistake alone: a file that only its host lacks.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    try:
+        time.sleep(MAIN_RANK_S)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from convnext_yolo.launch.cli import main
+from convnext_yolo.launch.supervision.lifeline import COLLECT_S
 
 PROGRAM = Path(sys.executable).with_name("convnext-yolo")
 COMMANDS = (
@@ -203,3 +204,25 @@ def test_wrong_options(fails: Callable[..., str]) -> None:
     assert "--config" in fails("train")
     assert "invalid choice: 'shrad'" in fails("shrad")
     assert "whole number" in fails("launch", "local", "--config", "quickstart", "--processes", "0")
+
+
+def test_other_ranks_leave_a_mistake_to_the_main_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their end would be the main rank's, with its sentence unsaid; alone, they say it."""
+    mistaken = ["train", "--config", "quickstart", "--batch.micro", "0"]
+    waited_s = []
+
+    def is_ended_by_the_launcher(duration_s: float) -> None:
+        waited_s.append(duration_s)
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", is_ended_by_the_launcher)
+    assert main(mistaken) == 2 and capsys.readouterr().err == ""
+    assert waited_s[0] > COLLECT_S  # by when a supervised job's ranks are ended
+    monkeypatch.setattr("time.sleep", waited_s.append)
+    assert main(mistaken) == 2 and "batch.micro" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert main(mistaken) == 2 and "batch.micro" in capsys.readouterr().err
+    assert len(waited_s) == 2
