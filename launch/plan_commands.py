@@ -16,8 +16,9 @@ if TYPE_CHECKING:  # `--help` imports neither
     from ..recipes.plan import Plan
 
 GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-# Of an A100 in bf16, in a node with NVLink. The share of its peak is a guess.
-HARDWARE = {"gpu_tflops": 312.0, "mfu": 0.3, "network_gbit": 200.0, "link_gbit": 2400.0}
+# Of an A100 in a node with NVLink; its peak follows from the recipe's precision. The share of that
+# is a guess.
+HARDWARE = {"gpu_tflops": None, "mfu": 0.3, "network_gbit": 200.0, "link_gbit": 2400.0}
 
 
 def _plan(commands: Commands) -> None:
@@ -55,7 +56,7 @@ def add_hardware_options(parser: "Parser | argparse._ArgumentGroup") -> None:
         type=_above_zero,
         default=HARDWARE["gpu_tflops"],
         metavar="X",
-        help="peak of a GPU in the recipe's precision, default 312 (A100, bf16)",
+        help="peak of a GPU in the recipe's precision, default that of an A100: 312, fp32 156",
     )
     parser.add_argument(
         "--mfu",
@@ -108,8 +109,12 @@ def _print_plan(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ..recipes.plan import Hardware, make_plan
     from ..recipes.plan_table import format_plan
+    from ..recipes.utilization import PEAK_TFLOPS
 
     hardware = {name: getattr(options, name) for name in HARDWARE}
+    hardware["gpu_tflops"] = (
+        options.gpu_tflops or PEAK_TFLOPS["A100"][recipe.deepspeed.precision == "fp32"]
+    )
     nodes = Hardware(gpus_per_node=gpus_per_node, **hardware)
     plan = make_plan(recipe, sorted(set(gpus)), nodes)
     print(format_plan(plan))

@@ -276,6 +276,24 @@ def test_command_prints_tables_and_writes_json(
 
 
 @pytest.mark.parametrize(
+    ("words", "peak"),
+    [
+        (["--deepspeed.precision", "bf16"], 312),
+        (["--deepspeed.precision", "fp32"], 156),
+        (["--deepspeed.precision", "fp32", "--gpu-tflops", "99"], 99),
+    ],
+)
+def test_the_peak_is_that_of_the_recipes_precision(
+    words: list[str], peak: int, small_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "--config", str(small_recipe), "--gpus", "1", *words]
+    options, rest = parser().parse_known_args(command)
+    options.rest = rest
+    options.run_command(options)
+    assert f"from {peak} TFLOP/s x 0.3 a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--gpus", "0"], "'0' is not a whole number of at least 1"),
