@@ -54,7 +54,7 @@ def _start(_: int) -> None:
     """
     import cv2
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until it is asked for
     threading.Thread(target=_heed_only_the_rank, daemon=True).start()

@@ -10,6 +10,7 @@ from typing import Any
 
 from .commands import build_parser
 
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # For the main rank to tell a mistake, and its launcher, or our supervision, to end the others.
 MAIN_RANK_S = 12.0
 
@@ -21,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not options.takes_recipe_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
-    # A plain kill unwinds like Ctrl-C, so that nothing half-written stays.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # A plain kill, a terminal that closes, a scheduler's warning: they unwind like Ctrl-C, so that
+    # nothing half-written stays. Under nohup, what is ignored stays so.
+    heeded = [n for n in ENDS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in heeded}
     try:
         return options.run_command(options) or 0
     except KeyboardInterrupt:
@@ -37,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return int(code)
     finally:
-        if signal.getsignal(signal.SIGTERM) is _interrupt:  # else the command has its own reasons
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if signal.getsignal(number) is _interrupt:  # else the command has its own reasons
+                signal.signal(number, handler)
 
 
 def _is_left_alone() -> bool:

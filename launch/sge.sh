@@ -18,12 +18,16 @@ recipe=(--config convnext_tiny_coco --batch.micro 8)
 
 # "node1 8 all.q@node1 UNDEFINED"  ->  "node1 slots=8"
 hostfile=$TMPDIR/hostfile
-awk '{ print $1 " slots=" $2 }' "$PE_HOSTFILE" >"$hostfile"
+# A host may have a line for each of its queues.
+awk '{ if (!($1 in slots)) names[++count] = $1; slots[$1] += $2 }
+  END { for (i = 1; i <= count; i++) print names[i] " slots=" slots[names[i]] }' \
+  "$PE_HOSTFILE" >"$hostfile"
 port=$((10000 + JOB_ID % 20000))
+asked=
 
 # In a session of its own: Grid Engine signals this script's process group, and USR2 would end what
 # does not know it.
-trap 'kill -USR1 "$front"' USR1 USR2 TERM
+trap 'asked=yes; kill -USR1 "$front"' USR1 USR2 TERM
 setsid "$bin/convnext-yolo" launch deepspeed --hostfile "$hostfile" --master-port "$port" \
   --max-restarts 2 "${recipe[@]}" &
 front=$!
@@ -31,6 +35,10 @@ while kill -0 "$front" 2>/dev/null; do wait "$front"; done # a trap ends `wait` 
 wait "$front"
 code=$?
 
-if [ "$code" -ne 0 ]; then exit "$code"; fi
+# 130 (or 138): asked while the doctor looked, or before that.
+case $asked$code in
+  0 | yes0 | yes130 | yes138) ;;
+  *) exit "$code" ;;
+esac
 if "$bin/python" -m convnext_yolo.launch.finished "${recipe[@]}"; then exit 0; fi
 exit 99

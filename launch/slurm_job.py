@@ -33,4 +33,5 @@ def job_hosts() -> dict[str, int]:
 def srun_words(host: str, command: list[str]) -> list[str]:
     """A command on one host of the job, whose lines come and go at once."""
     one = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={host}"]
-    return ["srun", "--overlap", *one, "--unbuffered", "--quiet", *command]
+    # ALL: a job that sbatch was to give no environment would hand its own on to nobody.
+    return ["srun", "--overlap", "--export=ALL", *one, "--unbuffered", "--quiet", *command]

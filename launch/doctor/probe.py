@@ -8,6 +8,7 @@ is asked to. Standard output is its own: what libraries print goes to standard e
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -119,6 +120,7 @@ class Probe:
 
 def main() -> int:
     """Answers until standard input ends."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's warning to a job: it is for the ranks
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     probe = Probe()

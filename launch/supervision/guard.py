@@ -42,6 +42,7 @@ from .output import Output, reason
 from .processes import has_ended, kill_group, state
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # to stop: by a scheduler, say
 TICK_S = 0.05
 TELL_S = 60.0  # without host 0's front
 GRACE_S = 5.0  # for the verdict's way here
@@ -104,7 +105,7 @@ class Guard:
         for thread in copies:  # what was in the pipes
             thread.join(timeout=5)
         why = reason(code, self.output.last_lines)
-        if self._stopped_at_start and code in (-signal.SIGTERM, -signal.SIGUSR1, 130):
+        if self._stopped_at_start and code in (*(-number for number in ASKED), 130):
             code, why = 0, "stopped before it had begun"
         self._has_ended = True
         exit_ = {"type": "exit", "code": code, "reason": why, "verdict": None}
@@ -226,7 +227,7 @@ class Guard:
     def _signal(self, number: int) -> None:
         # A rank that only imports, or meets the others, ends by it, with nothing to save: a
         # scheduler is to take that for what it asked for, not for a failure.
-        if number in (signal.SIGTERM, signal.SIGUSR1):
+        if number in ASKED:
             beat = heartbeat.read(self.heartbeat)
             self._stopped_at_start |= beat is None or beat.doing == heartbeat.START
         if self.child.returncode is None:  # nobody has waited for it: the number is still its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from convnext_yolo.launch.cli import main
+from convnext_yolo.launch.cli import ENDS, main
 from convnext_yolo.launch.supervision.lifeline import COLLECT_S
 
 PROGRAM = Path(sys.executable).with_name("convnext-yolo")
@@ -204,6 +205,26 @@ def test_wrong_options(fails: Callable[..., str]) -> None:
     assert "--config" in fails("train")
     assert "invalid choice: 'shrad'" in fails("shrad")
     assert "whole number" in fails("launch", "local", "--config", "quickstart", "--processes", "0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_unwinds_a_command(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it was writing goes; a scheduler's warning while the doctor looks is no failure."""
+
+    def asked(*_: object) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("convnext_yolo.launch.launch_parser.ask_about_launch", asked)
+    handlers = {n: signal.getsignal(n) for n in ENDS}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may be under nohup
+    try:
+        assert main(["launch", "local", "--config", "quickstart"]) == 130
+        assert capsys.readouterr().err == "convnext-yolo launch local: interrupted\n"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert {n: signal.getsignal(n) for n in ENDS} == handlers
 
 
 def test_other_ranks_leave_a_mistake_to_the_main_one(

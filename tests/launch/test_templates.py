@@ -20,6 +20,7 @@ from convnext_yolo.launch import slurm
 from convnext_yolo.launch.commands import build_parser
 from convnext_yolo.launch.hostfile import read_hostfile
 from convnext_yolo.launch.job import HANDED_ON
+from convnext_yolo.launch.slurm_job import srun_words
 from convnext_yolo.recipes.load import load_recipe, recipe_path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -177,6 +178,13 @@ def test_the_plain_slurm_script_is_the_rendered_one_but_for_its_head() -> None:
     assert "--signal=USR1@" in plain[0] and "--requeue" in plain[0]
 
 
+def test_ranks_and_probes_get_the_environment_of_a_job_that_was_given_none() -> None:
+    """After `sbatch --export=NONE`, srun would hand none of the job's own on."""
+    calls = re.findall(r"\bsrun (-.*)", (LAUNCH / "slurm.sbatch").read_text())
+    assert [call.split()[0] for call in calls] == ["--export=ALL"]
+    assert "--export=ALL" in srun_words("node1", ["true"])
+
+
 @pytest.mark.parametrize(
     ("ranks", "finished", "state", "code", "requeued"),
     [
@@ -245,17 +253,31 @@ WAITS = 'trap "kill \\$!; exit {code}" {signals}; sleep 999 & touch {folder}/up;
 
 
 @pytest.mark.parametrize(
-    ("number", "finished", "code"), [(None, 0, 0), ("USR1", 1, 99), ("USR2", 1, 99)]
+    ("number", "stopped", "finished", "code"),
+    [
+        (None, 0, 0, 0),
+        ("USR1", 0, 1, 99),
+        ("USR2", 0, 1, 99),
+        ("USR2", 130, 1, 99),  # while the doctor looked
+        ("USR2", 1, 1, 1),  # asked, and then it failed
+        (None, 130, 1, 130),  # nobody has asked
+    ],
 )
-def test_grid_engine(tmp_path: Path, number: str | None, finished: int, code: int) -> None:
+def test_grid_engine(
+    tmp_path: Path, number: str | None, stopped: int, finished: int, code: int
+) -> None:
     """Its warnings become the one that ranks know, and 99 starts the job again."""
-    waits = WAITS.format(code=0, signals="USR1", folder=tmp_path) if number else ""
+    waits = f"exit {stopped}"
+    if number:
+        waits = WAITS.format(code=stopped, signals="USR1", folder=tmp_path)
     programs(
         tmp_path / ".venv/bin",
         python=f"exit {finished}",
         **{"convnext-yolo": f"{PRINTS} >{tmp_path}/words; {waits}"},
     )
-    (tmp_path / "pe").write_text("node1 8 all.q@node1 UNDEFINED\nnode2 4 all.q@node2 <NULL>\n")
+    (tmp_path / "pe").write_text(  # node1 is in two queues
+        "node1 6 all.q@node1 UNDEFINED\nnode2 4 all.q@node2 <NULL>\nnode1 2 gpu.q@node1 <NULL>\n"
+    )
     env = {"TMPDIR": str(tmp_path), "PE_HOSTFILE": str(tmp_path / "pe"), "JOB_ID": "7"}
     process = subprocess.Popen(
         ["bash", LAUNCH / "sge.sh"], cwd=tmp_path, env={**os.environ, **env}, start_new_session=True
