@@ -46,7 +46,7 @@ def torchrun(
         # give others the host's own name.
         address = hosts.local_address or _own_address(job)
         words += ["--rdzv-backend", "c10d", "--rdzv-id", run_id]
-        words += ["--rdzv-endpoint", f"{job.master_address}:{job.master_port}"]
+        words += ["--rdzv-endpoint", str(hosts.master)]
         words += ["--rdzv-conf", f"is_host={int(hosts.number == 0)}", "--local-addr", address]
     return Command([*words, "-m", *job.train_words], dict(job.environment), ranks=_mine(job, hosts))
 
@@ -116,6 +116,7 @@ def _job(
     address, colon, port = hosts.master.rpartition(":")
     if not colon or not address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise LaunchError(f"{flag} {hosts.master}: is not HOST:PORT; give host 0's, as in a:29500")
+    address = address.removeprefix("[").removesuffix("]")  # as IPv6 is written before a port
     return replace(job, master_address=address, master_port=int(port))
 
 

@@ -146,13 +146,21 @@ def deepspeed(
 
 
 def deepspeed_env(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the user's own `.deepspeed_env` files set, at home and here. Comments are no harm."""
+    """What the user's own `.deepspeed_env` files set, at home and here. Comments are no harm.
+
+    Raises:
+        LaunchError: one can't be read.
+    """
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     found = {}
     for folder in (Path.home(), Path()):  # DeepSpeed's order, the last wins
         path = folder / name
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise LaunchError(f"{path.absolute()}: can't be read ({error}); mend it") from None
+            for line in lines:
                 key, equals, value = line.strip().partition("=")
                 if equals and not key.startswith("#"):
                     found[key.strip()] = value.strip()
@@ -187,11 +195,12 @@ def _env_file(job: Job) -> File:
     Raises:
         LaunchError: a value that would not arrive as it is.
     """
-    for name, value in job.environment.items():
+    # Where logs lie is handed on as well, by our supervision.
+    for name, value in (*job.environment.items(), ("run", job.recipe.run)):
         if re.search(r'["$`\\%\n]', value) or value != value.strip():
             raise LaunchError(
                 f"{name}={value!r}: DeepSpeed can't hand this value to other hosts; set it there, "
-                f"or give another by --env {name}=VALUE"
+                f"or give another by {f'--env {name}=VALUE' if name != 'run' else '--run'}"
             )
     lines = "".join(f"{name}={value}\n" for name, value in job.environment.items())
     return File(job.folder / "deepspeed_env", lines)

@@ -161,7 +161,11 @@ def _rank_environment(setup: Setup, found: Examination) -> dict[str, str]:
             found.findings.append(from_sentence("--env", str(mistake), "the ranks would lack it"))
     if setup.hostfile is None:
         return given_environment(given, os.environ)
-    return rank_environment(given, {**deepspeed_env(os.environ), **os.environ})
+    try:
+        files = deepspeed_env(os.environ)
+    except LaunchError:  # of which `_environment` has told
+        files = {}
+    return rank_environment(given, {**files, **os.environ})
 
 
 def _judge_hosts(

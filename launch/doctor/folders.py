@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next((p for p in (folder, *folder.absolute().parents) if p.is_dir()), Path("/"))
+    """The folder, or the nearest path above it that exists: a file, if one is in the way."""
+    return next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
 
 
 def unwritable(folder: Path) -> str:

@@ -153,6 +153,11 @@ def run_in_a_file(s: Scene) -> None:
     s.set("run", "/proc/self/run")
 
 
+def run_below_a_file(s: Scene) -> None:
+    (s.folder / "a_file").write_text("in the way")
+    s.set("run", str(s.folder / "a_file/runs/mine"))
+
+
 def two_environment_files(s: Scene) -> None:
     (s.folder / ".deepspeed_env").write_text("NCCL_DEBUG=INFO\n")
     (s.folder / "work").mkdir()
@@ -485,6 +490,11 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         r"nodeB: run: .* does not show what the first host writes",
     ),
     "a run folder that can't be": (run_in_a_file, "error", r"nodeB: run: .* can.t be written"),
+    "a run folder below a file": (
+        run_below_a_file,
+        "error",
+        r"nodeA, nodeB: run: \S*a_file can.t be written \(Not a directory\)",
+    ),
     "a fresh start on an old run": (
         old_checkpoints,
         "error",
@@ -577,6 +587,11 @@ TABLE: dict[str, tuple[Break, str, str]] = {
         environment_file('NCCL_DEBUG_FILE="/tmp/$HOST"\n'),
         "error",
         r"line 1: NCCL_DEBUG_FILE = .* has quotes",
+    ),
+    "no text": (
+        lambda s: (s.folder / ".deepspeed_env").write_bytes(b"A=\xff\n"),
+        "error",
+        r"\.deepspeed_env: can't be read \(.*; mend it",
     ),
     "no name": (environment_file("2FAST=1\n"), "error", r"line 1: '2FAST' is no variable.s name"),
     "the launcher's own": (

@@ -410,6 +410,35 @@ def test_its_environment_file(
     assert rank_environment(["B"], {"B": "1", "C": "2"}).keys() == {"B", "OMP_NUM_THREADS", "PATH"}
 
 
+def test_what_its_environment_file_can_not_hold(
+    tmp_path: Path, hostfile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the logs goes through it too; the user's own may be no text."""
+    options = ["--batch.global", "32", "--run"]
+    with pytest.raises(LaunchError, match=r"run='.*\$HOME.*can't hand.*or give another by --run"):
+        launchers.deepspeed(["quickstart"], "auto", [*options, f"{tmp_path}/$HOME"], hostfile)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_bytes(b"A=\xff\n")
+    with pytest.raises(LaunchError, match=r"\.deepspeed_env: can't be read \(.*; mend it"):
+        launchers.deepspeed(["quickstart"], "auto", [*options, str(tmp_path)], hostfile)
+
+
+def test_hosts_may_have_addresses_of_ipv6() -> None:
+    """Between brackets before a port, as torchrun's parser has it; alone elsewhere."""
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    hosts = elastic.Hosts(2, 1, 2, "[fd00::1]:29500", "fd00::2")
+    options = ["--batch.global", "32"]
+    words = elastic.torchrun(["quickstart"], "auto", options, hosts, "a")
+    endpoint = words.words[words.words.index("--rdzv-endpoint") + 1]
+    assert parse_rendezvous_endpoint(endpoint, 0) == ("fd00::1", 29500)
+    other = elastic.accelerate(["quickstart"], "auto", options, hosts)
+    assert yaml.safe_load(other.files[0].text)["main_process_ip"] == "fd00::1"
+    for command in (words, other):
+        assert command.ranks and command.ranks.first_host
+        assert command.ranks.first_host.address == "fd00::1"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
