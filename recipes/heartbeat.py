@@ -10,6 +10,7 @@ import faulthandler
 import functools
 import os
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -55,7 +56,12 @@ def heartbeat() -> Heartbeat:
 
 def create() -> int:
     """The shared memory of a rank that is to be started, as an open file."""
-    return os.memfd_create("heartbeat")
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("heartbeat")
+    # Pythons that were built for old systems (before glibc 2.27) lack it: a file without a name.
+    file, name = tempfile.mkstemp()
+    os.unlink(name)
+    return file
 
 
 def read(file: int) -> Beat | None:

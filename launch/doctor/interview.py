@@ -17,6 +17,7 @@ from typing import Any
 
 from ...recipes.config import Recipe
 from ..slurm_job import srun_words
+from ..supervision.processes import allow_many_files
 from .facts import HostFacts, Meeting, RecipeFacts
 from .findings import Finding
 from .machine import check_skew
@@ -62,6 +63,7 @@ class Interview:
         self.recipe_session: Session | None = None
 
     def __enter__(self) -> Interview:
+        allow_many_files()  # some for each host
         return self
 
     def __exit__(self, *_: Any) -> None:

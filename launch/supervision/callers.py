@@ -59,7 +59,10 @@ class Callers:
         """What the ranks' guards have said; waits for something until then."""
         for key, _ in self._selector.select(timeout_s):
             if key.data is None:
-                connection, _ = key.fileobj.accept()  # type: ignore[union-attr]
+                try:
+                    connection, _ = key.fileobj.accept()  # type: ignore[union-attr]
+                except OSError:  # the caller has gone again, or there are too many
+                    continue
                 connection.settimeout(2)
                 caller = _Caller(Lines(connection))  # who it is, it says when it likes
                 self._selector.register(connection, selectors.EVENT_READ, caller)
@@ -75,7 +78,7 @@ class Callers:
                 else:
                     caller.rank.take(message, now)
                 yield caller.rank, message
-        except (OSError, KeyError, TypeError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError, OverflowError):
             self._selector.unregister(caller.lines.connection)
             if caller.rank is None:  # a stranger
                 caller.lines.connection.close()
@@ -88,10 +91,11 @@ class Callers:
         Raises:
             ConnectionError, KeyError, ValueError: it is none of ours.
         """
-        token, number = str(hello["token"]), int(hello["rank"])
+        token = str(hello["token"])
         is_own = hmac.compare_digest(token, self.token)
         if not is_own and not (self._job_token and hmac.compare_digest(token, self._job_token)):
             raise ConnectionError("not one of ours")
+        number = int(hello["rank"])
         if not is_own and any(rank.number == number for rank in self.ranks):
             raise ConnectionError("another start of its host's, too early for the next of ours")
         host = self.expected.hosts.get(number, str(hello["host"]))

@@ -12,7 +12,6 @@ does the same for the whole job; the other fronts take over its verdict.
 import os
 import secrets
 import signal
-import subprocess
 import time
 from dataclasses import asdict
 
@@ -20,7 +19,15 @@ from ..command import Command, Ranks
 from ..job import LaunchError
 from .callers import GONE, Callers
 from .lifeline import BEAT_S, COLLECT_S, FIRST, FRONT, LOGS, LOST_S, STOP_S, Verdict
-from .processes import any_marked, has_ended, kill_group, kill_marked
+from .processes import (
+    allow_many_files,
+    any_marked,
+    has_ended,
+    kill_group,
+    kill_marked,
+    start,
+    write_files,
+)
 from .rank import Outcome, Rank, first_of, lost_hosts
 from .stall import StallDetector
 
@@ -40,18 +47,18 @@ class Front:
     """
 
     def __init__(self, command: Command, expected: Ranks, stall_s: float):
+        allow_many_files()  # a connection for each rank
         self.expected, self.token = expected, secrets.token_hex(16)
         self.callers = Callers(expected, self.token)
         self.ranks = self.callers.ranks
         front = f"{self.callers.address}:{self.token}"
-        expected.logs.mkdir(parents=True, exist_ok=True)
         print(f"$ {command}", flush=True)
         variables = {FRONT: front, LOGS: str(expected.logs)}
         first = expected.first_host
         if first and not first.is_this:
             variables[FIRST] = f"{first.address}:{first.port}:{first.token}"
         command = command.with_rank_environment(variables)
-        command.write_files()
+        write_files(command, expected.logs)
         self.stall = StallDetector(stall_s, expected.logs)
         self.signals: list[int] = []
         self.abandoned = False
@@ -64,15 +71,12 @@ class Front:
         self._before = {n: signal.signal(n, self._on_signal) for n in heeded}
         self._beat_s = 0.0
         try:
-            self.launcher = subprocess.Popen(
-                command.words,
-                # marked as the job's, its environment file or not
-                env={**os.environ, **command.environment, FRONT: front},
-                start_new_session=True,
-            )
-        except OSError as error:
+            # marked as the job's, its environment file or not
+            environment = {**os.environ, **command.environment, FRONT: front}
+            self.launcher = start(command, env=environment, start_new_session=True)
+        except LaunchError:
             self._close()
-            raise LaunchError(f"{command.words[0]}: can't be started ({error})") from None
+            raise
 
     def __enter__(self) -> "Front":
         return self
@@ -150,7 +154,8 @@ class Front:
             self._beat_s = now
             for rank in self._running():
                 rank.send(type="beat")
-        for number in self._missing() if now > self.first_s + START_S else ():
+        is_late = now > self.first_s + START_S and not self.signals
+        for number in self._missing() if is_late else ():
             # the others would wait for it for half an hour
             rank = Rank(number, self.expected.hosts[number], None, now)
             self.ranks.append(rank)
@@ -197,7 +202,7 @@ class Front:
             self.leave_by = now + LEAVE_S
         if now <= self.leave_by:
             return
-        if not running and (failed or not self._missing()):
+        if not running and (failed or self.signals or not self._missing()):
             kill_marked(self.token)  # a launcher that waits for a host that is gone
         elif running and has_ended(self.launcher) and not self.abandoned:
             self.abandoned = True  # by a launcher that somebody has ended

@@ -68,7 +68,7 @@ class Lines:
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConnectionError("not JSON") from None
         if len(self._rest) > 65536 or not all(isinstance(m, dict) for m in messages):
             raise ConnectionError("not JSON lines")

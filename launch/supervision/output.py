@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b|: error: ")
+# What follows is of another thread, or of objects that are cleaned up at the end.
+_ASIDE = re.compile(r"^Exception (ignored|in thread) ?")
 
 
 class Output:
@@ -52,9 +54,22 @@ def reason(code: int, lines: Sequence[str]) -> str:
     if code == 0:
         return "ended"
     said = [re.sub(r"^\[rank\d+\]: ?", "", line).strip() for line in lines]
-    errors = [line for line in said if _ERROR.search(line)]
-    last = (errors or [line for line in said if line] or ["it said nothing"])[-1]
+    last = (_errors(said) or [line for line in said if line] or ["it said nothing"])[-1]
     return f"exit code {code}: {last[:300]}"
+
+
+def _errors(lines: Sequence[str]) -> list[str]:
+    """The lines that name an error; those that name one by the way where there are no others."""
+    found: list[str] = []
+    by_the_way: list[str] = []
+    into = found
+    for line in lines:
+        if _ASIDE.search(line):
+            into = by_the_way
+        elif _ERROR.search(line):
+            into.append(line)
+            into = found
+    return found or by_the_way
 
 
 def _open_log(folder: Path, rank: int) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""Processes of one job: looked at and ended without a chance to hit another's.
+"""Processes of one job: started, looked at, and ended without a chance to hit another's.
 
 A child that has ended keeps its number until it is waited for, so it is looked at without that, and
 its group is signalled before. Other processes of a job are known by a mark in their environment,
@@ -7,11 +7,54 @@ which no other job has; some, as the ssh of pdsh, leave their launcher's group.
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..command import Command
+from ..job import LaunchError
+
+
+def start(command: Command, **options: Any) -> "subprocess.Popen[Any]":
+    """Starts a command, whose files are there; `options` are those of Popen.
+
+    Raises:
+        LaunchError: there is no such program, or it is none.
+    """
+    try:
+        return subprocess.Popen(command.words, **options)
+    except OSError as error:
+        raise LaunchError(
+            f"{command.words[0]}: can't be started ({error.strerror}); is it installed, and on the "
+            "PATH?"
+        ) from None
+
+
+def write_files(command: Command, *folders: Path) -> None:
+    """Makes folders, and the files that a command uses.
+
+    Raises:
+        LaunchError: the disk refuses one.
+    """
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        command.write_files()
+    except OSError as error:
+        raise LaunchError(
+            f"{error.filename}: can't be written ({error.strerror}); mend that, or choose another "
+            "--run"
+        ) from None
+
+
+def allow_many_files() -> None:
+    """As many open files as this process may have: often 1,024 until it asks for more."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):  # a limit that can't be had, as in macOS
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def has_ended(child: "subprocess.Popen[Any]") -> bool:
@@ -41,23 +84,41 @@ def any_marked(mark: str) -> bool:
 
 def kill_marked(mark: str) -> None:
     """Ends every process of this machine that began with a mark in its environment."""
-    for handle in _marked(mark):
+    for process, handle in _marked(mark):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            if handle is None:
+                os.kill(process, signal.SIGKILL)
+            else:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
 
 
-def _marked(mark: str) -> Iterator[int]:
-    """Handles, which stay those of the process looked at whatever becomes of its number."""
+def _marked(mark: str) -> Iterator[tuple[int, int | None]]:
+    """The processes, each with a handle, which stays its own whatever becomes of its number."""
     for folder in Path("/proc").glob("[0-9]*"):
+        process = int(folder.name)
         try:
-            handle = os.pidfd_open(int(folder.name))
-        except OSError:  # it has ended meanwhile
+            handle = _handle(process)
+        except ProcessLookupError:  # it has ended meanwhile
             continue
         try:
             # empty for one that has ended
             if mark.encode() in (folder / "environ").read_bytes():
-                yield handle
+                yield process, handle
         except OSError:  # ended, or another user's
             continue
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
+
+
+def _handle(process: int) -> int | None:
+    """None where there are none: in old kernels, some sandboxes, Pythons built for old systems.
+
+    There the number must do: it has been this process's a moment before.
+    """
+    try:
+        return os.pidfd_open(process)
+    except ProcessLookupError:
+        raise
+    except (AttributeError, OSError):
+        return None

@@ -4,7 +4,6 @@ We return when none of its processes is left, on any host.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from ...recipes.config import RecipeError
 from ..command import Command
 from ..job import LaunchError
 from .front import Front
+from .processes import start, write_files
 from .rank import Outcome
 from .stall import LIMIT_S
 
@@ -60,7 +60,7 @@ def run_once(command: Command, stall_s: float) -> Outcome:
     if command.ranks:
         with Front(command, command.ranks, stall_s) as front:
             return front.run()
-    command.write_files()
+    write_files(command)
     print(f"$ {command}", flush=True)
-    code = subprocess.run(command.words, env={**os.environ, **command.environment}).returncode
+    code = start(command, env={**os.environ, **command.environment}).wait()
     return Outcome(code, f"{command.words[0]} ended with exit code {code}; see its output above")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -287,6 +288,29 @@ def test_a_signal_before_any_rank_is_there(tmp_path: Path) -> None:
     assert process.returncode in (0, 1, 143)
 
 
+def test_a_signal_while_a_rank_has_not_come_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host hangs, say: nobody waits for it, nor is it to blame."""
+    monkeypatch.setattr(front_module, "LEAVE_S", 1.0)
+    command = job(tmp_path, WAITS)
+    hangs = LAUNCHER.replace("0 1", "0") + f"; bash -c ': {tmp_path}; while :; do sleep 1; done'"
+    words = [*command.words[:2], hangs, *command.words[3:]]
+
+    def ask_when_it_is_up() -> None:
+        log = tmp_path / "logs/rank-0.log"
+        until(lambda: log.exists() and "up\n" in log.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asks = threading.Thread(target=ask_when_it_is_up)
+    asks.start()
+    outcome = supervise.run_once(Command(words, ranks=command.ranks), 0)
+    asks.join()
+    assert (outcome.code, outcome.stopped) == (0, True)
+    assert outcome.sentence == "stopped by SIGTERM" and not outcome.lost_hosts
+    assert "saved\n" in (tmp_path / "logs/rank-0.log").read_text()
+
+
 def test_ranks_save_when_the_front_is_killed(tmp_path: Path) -> None:
     process = front(tmp_path, WAITS)
     until(lambda: are_up(tmp_path))
@@ -412,5 +436,11 @@ def test_a_stranger_gets_no_answer(tmp_path: Path) -> None:
 def test_reasons() -> None:
     lines = ["Traceback:", "[rank3]: torch.OutOfMemoryError: CUDA out of memory", "  bye"]
     assert output.reason(1, lines) == "exit code 1: torch.OutOfMemoryError: CUDA out of memory"
+    at_exit = ["Exception ignored in: <function Loader.__del__>", "Traceback:", "TypeError: None"]
+    in_thread = ["Exception in thread Thread-3 (_pin_memory):", "Traceback:", "EOFError"]
+    for noise in (at_exit, in_thread):
+        assert output.reason(1, [*lines, *noise]) == output.reason(1, lines)
+        assert output.reason(1, [*noise, *lines]) == output.reason(1, lines)
+    assert output.reason(1, in_thread) == "exit code 1: EOFError"
     assert output.reason(7, []) == "exit code 7: it said nothing"
     assert output.reason(-6, ["x"]) == "killed by SIGABRT"
