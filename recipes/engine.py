@@ -81,6 +81,10 @@ def deepspeed_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
     }
     if recipe.deepspeed.precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if stage == 3:
+            # Else small parameters arrive rounded to bf16 in an engine's first step, and whole in
+            # all others: a run that is gone on with would part from one that was not stopped.
+            config["torch_autocast"]["lower_precision_safe_modules"] = []
     for key in recipe.deepspeed.options:
         if key in INSTEAD:
             raise RecipeError(

@@ -21,9 +21,9 @@ A is P with each of the optimizer's groups rounded up to a multiple of 2 n; S th
 parameters of their nth part, rounded up; Ag and Sg those of the largest group; O the parameters
 that the fullest rank owns a part of, as a rank keeps the gradients of those whole; B
 `reduce_bucket_size`, by default 5e8 *numbers*, allocated whole however small the model is.
-DeepSpeed copies the masters even where the weights are fp32 themselves. Under `torch_autocast`
-there is one bucket for the gradients that travel in 16 bits and one for the others; what is reduced
-or gathered passes through flat copies.
+DeepSpeed copies the masters even where the weights are fp32 themselves. Under `torch_autocast`, at
+stages 1 and 2, there is one bucket for the gradients that travel in 16 bits and one for the others;
+what is reduced or gathered passes through flat copies.
 
 Exact: weights, masters, moments, average. The peak within a step, to some percent: gradients and
 buckets (tests/recipes/test_plan.py holds all of them against what ranks hold). Estimated:
@@ -81,6 +81,7 @@ def zero_options(config: Mapping[str, Any]) -> Zero:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    autocast = config.get("torch_autocast", {})
     return Zero(
         stage=int(zero.stage),
         bucket=int(zero.reduce_bucket_size),
@@ -88,7 +89,8 @@ def zero_options(config: Mapping[str, Any]) -> Zero:
         persistence=int(zero.param_persistence_threshold),
         reuse=int(zero.max_reuse_distance),
         overlap=bool(zero.overlap_comm),
-        is_autocast_16=bool(config.get("torch_autocast", {}).get("enabled")),
+        is_autocast_16=autocast.get("enabled", False)
+        and autocast.get("lower_precision_safe_modules") != [],
     )
 
 

@@ -12,10 +12,10 @@ stages 0 to 2 and 3 P at stage 3. DeepSpeed 0.19.8 differs; in a step of `a` mic
   `persistence`, which stay from the forward pass to the backward, and one of the smaller ones, in
   fp32 and one by one.
 
-Gradients, and stage 3's gathered parameters, travel in 16 bits where DeepSpeed's `torch_autocast`
-is on, for linear and convolutional layers; at stage 0 always in 32. BatchNorm's statistics, where a
-model has it, are one all-reduce of ours. Norms of gradients, losses and flags are messages of some
-bytes: they count as messages only.
+Gradients travel in 16 bits at stages 1 and 2 where DeepSpeed's `torch_autocast` is on, for linear
+and convolutional layers; at stages 0 and 3 always in 32 (see `engine`). BatchNorm's statistics,
+where a model has it, are one all-reduce of ours. Norms of gradients, losses and flags are messages
+of some bytes: they count as messages only.
 
 The bytes are exact (tests/recipes/test_plan.py counts those of real ranks). Of the first step at
 stage 3, before DeepSpeed knows the order of layers, they are not; of evaluation and checkpoints

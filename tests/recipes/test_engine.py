@@ -56,6 +56,10 @@ def test_configuration_follows_from_the_recipe() -> None:
     assert "torch_autocast" not in config
     bf16 = deepspeed_config(recipe("--deepspeed.precision", "bf16"), BatchPlan(64, 16, 0, 1))
     assert bf16["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    whole = deepspeed_config(
+        recipe("--deepspeed.precision", "bf16", "--deepspeed.stage", "3"), BatchPlan(64, 16, 0, 1)
+    )
+    assert whole["torch_autocast"]["lower_precision_safe_modules"] == []
 
 
 def test_own_keys_are_added_and_contradictions_refused() -> None:

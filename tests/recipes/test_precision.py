@@ -1,4 +1,4 @@
-"""fp16: the loss scale's arithmetic, and runs in which the scale must not show."""
+"""fp16: the loss scale, which must not show. bf16: a resume, which must not show either."""
 
 from __future__ import annotations
 
@@ -190,3 +190,20 @@ def test_a_scale_that_is_too_large_comes_down_in_silence(
     assert losses(again) == losses(run.folder)[held.step :]
     ours, theirs = saved(again).tensors, saved(run.folder).tensors
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_resume_in_bf16_repeats_the_run(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun], stage: int
+) -> None:
+    """To the bit, on two ranks: what small parameters are like in the first step is the point."""
+    run = tiny_run(f"bf16-{stage}", deepspeed={"stage": stage, "precision": "bf16"}, **FOUR_STEPS)
+    train(fork_server, run, 2)
+    whole, wanted = losses(run.folder), saved(run.folder).tensors
+    middle = run.folder / "checkpoints/step-00000002"
+    output = train(fork_server, run, 2, "--resume", str(middle))
+    assert "resuming at step 2 of 4" in output and losses(run.folder) == whole
+    found = saved(run.folder).tensors
+    assert found.keys() == wanted.keys()
+    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
