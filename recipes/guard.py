@@ -72,8 +72,8 @@ class Guard:
         if self.in_a_row >= self.limit:
             raise TrainingError(
                 f"step {step}: {self.in_a_row} steps in a row gave gradients that are no numbers; "
-                "lower optimizer.lr, or take the pictures that were named out of the data, and "
-                "start again: the newest checkpoint is from before" + (f" ({found})" * bool(found))
+                "lower optimizer.lr, or look at the pictures that were named, and start again; "
+                "these steps have moved no weights" + (f" ({found})" * bool(found))
             )
         return found
 

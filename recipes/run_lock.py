@@ -1,5 +1,6 @@
 """A run's folder has one writer: a job that was submitted twice would spoil its own checkpoints."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -53,10 +54,11 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
             raise RunBusyError(told[0])
         yield
     finally:
-        if is_new and os.listdir(folder) == [NAME]:  # a mistake in the recipe leaves nothing
-            shutil.rmtree(folder, ignore_errors=True)
-        if file:
-            file.close()
+        with contextlib.suppress(OSError):  # a disk that has refused the lock's text before
+            if is_new and os.listdir(folder) == [NAME]:  # a mistake in the recipe leaves nothing
+                shutil.rmtree(folder, ignore_errors=True)
+            if file:
+                file.close()
 
 
 def _wait(file: IO[str], folder: Path, stop_asked: Callable[[], bool]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -85,13 +86,28 @@ def test_one_that_was_killed_holds_nothing(
     assert not (tmp_path / "new").exists()  # nothing was written into it
 
 
-def test_a_folder_that_can_not_be_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run", "run/below"])
+def test_a_folder_that_can_not_be_made(tmp_path: Path, name: str) -> None:
     (tmp_path / "run").write_text("a file")
     with (
         pytest.raises(RunBusyError, match=r"run: .*can't be written to"),
-        sole_writer(tmp_path / "run", lambda: False),
+        sole_writer(tmp_path / name, lambda: False),
     ):
         pass
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """What it has refused once it refuses again when the file is closed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # the same to a file as a full disk
+    try:
+        with (
+            pytest.raises(RunBusyError, match=r"can't be written to \(File too large\)"),
+            sole_writer(tmp_path, lambda: False),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.process
