@@ -65,21 +65,27 @@ class Retention:
             if replaced:
                 _remove(replaced)
             self.point(LATEST, final.name)
-            self.retire(final)
+            self.retire()
         except OSError as error:
             print(f"warning: {self.folder}: can't be tidied up ({error})", file=sys.stderr)
         return final
 
-    def retire(self, final: Path) -> None:
-        """Keeps the last few up to `final`, which was just published, and the best.
+    def leave(self, step: int) -> None:
+        """Sets aside what is newer than the checkpoint of `step`, which the run goes on from.
 
-        Newer ones are of a branch that the run has left: damaged, or older than a `--resume PATH`.
-        They would win the next `--resume auto`, so they are set aside.
+        It is of a branch that the run leaves, by `--resume PATH`, or it is damaged. It would win
+        the next `--resume auto`, when metrics.jsonl already tells of the new branch.
+
+        Raises:
+            OSError: it can't be renamed.
         """
         for path in published(self.folder):
-            if path.name > final.name:
+            if path.name > f"step-{step:08d}{REPLACED}":
                 aside = set_aside(path)
                 print(f"{path.name} is not of this run's past: now {aside}", file=sys.stderr)
+
+    def retire(self) -> None:
+        """Keeps the last few, of which the first was just published, and the best."""
         present, gone = published(self.folder), []
         spared = set(present[: self.keep])
         if self.keep_best and (best := best_of(present)):

@@ -27,15 +27,18 @@ from .distributed import World
 from .ema import Ema
 from .engine import batch_plan, build_engine
 from .files import write_whole
-from .guard import Guard
+from .guard import Guard, TrainingError
 from .meter import Meter
 from .micro_batch import find_micro_batch
 from .optim import lr_factor, total_steps
 from .precision import LossScale
 from .preemption import StopRequest
 from .resume import check_data, recipe_changes, with_found_micro_batch
+from .trackers import read_ids
 from .tracking import Tracker
 from .utilization import Utilization
+
+RECIPE = "recipe.yaml"  # in the run's folder
 
 
 class Run:
@@ -196,10 +199,27 @@ class Run:
             self.say(f"the recipe has changed since the checkpoint: {change}")
 
     def _start_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
-        write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
-        goes_on = checkpoint is not None and not self._branches_off(checkpoint)
-        run_ids = checkpoint.state["tracker_ids"] if checkpoint and goes_on else {}
-        return Tracker(self.recipe, self.folder, self.step, run_ids)
+        try:
+            run_ids = self._tracker_ids(checkpoint)
+            if checkpoint:  # before what trackers and metrics.jsonl hold of the steps to come goes
+                self.writer.retention.leave(self.step)
+            write_whole(self.folder / RECIPE, self.recipe.to_yaml())
+            return Tracker(self.recipe, self.folder, self.step, run_ids)
+        except OSError as error:
+            raise TrainingError(
+                f"run: {self.folder} can't be written to ({error.strerror}); make room there, or "
+                "choose another --run"
+            ) from None
+
+    def _tracker_ids(self, checkpoint: Checkpoint | None) -> dict[str, str]:
+        """The ids under which trackers hold the steps until here, and perhaps those to come."""
+        if checkpoint:
+            branches_off = self._branches_off(checkpoint)
+            return {} if branches_off else dict(checkpoint.state["tracker_ids"])
+        # A run that was killed before its first checkpoint gives the same numbers once more.
+        before = self.folder / RECIPE
+        is_same = before.exists() and before.read_text(encoding="utf-8") == self.recipe.to_yaml()
+        return read_ids(self.folder) if is_same else {}
 
     def _branches_off(self, checkpoint: Checkpoint) -> bool:
         """Whether trackers hold another course of the steps to come, which they would keep.

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .config import Recipe
+from .files import write_whole
 
 START_LIMIT_S = 30.0
 FINISH_LIMIT_S = 300.0  # uploads of a run that has come to its end
 STOP_LIMIT_S = 5.0  # of one that was asked to stop: launchers kill those that dawdle
 QUEUE_LENGTH = 10_000  # calls
+IDS = "tracker_ids.json"  # in the run's folder: the ids of trackers from its very beginning
 
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # kind and step: of every record, and of one only
@@ -89,12 +91,26 @@ def start_backends(
         starts["comet"] = Start(
             tracking_comet.load, lambda: tracking_comet.Comet(recipe, folder, comet_id)
         )
+    if run_ids and step == 0:
+        try:
+            write_whole(folder / IDS, json.dumps(run_ids))
+        except OSError as error:
+            say("trackers", f"{folder / IDS} can't be written ({error.strerror})")
     if options.tensorboard:
         starts["tensorboard"] = Start(
             tracking_tensorboard.load,
             lambda: tracking_tensorboard.TensorBoard(recipe, folder, step),
         )
     return start_lanes(recipe, folder, records, starts)
+
+
+def read_ids(folder: Path) -> dict[str, str]:
+    """The trackers' ids of a run that began in a folder; empty where they are not known."""
+    try:
+        found = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        return {str(name): str(run_id) for name, run_id in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def start_lanes(

@@ -12,7 +12,7 @@ from convnext_yolo.recipes.checkpoint import load_checkpoint, published
 
 from .conftest import STEPS, TinyRun
 from .forkserver import ForkServer
-from .short_runs import train
+from .short_runs import TRAIN, train
 
 pytestmark = pytest.mark.process
 FULL_DISK = str(Path(__file__).with_name("ranks_full_disk.py"))
@@ -53,6 +53,18 @@ def test_a_disk_that_stays_full_ends_the_run_cleanly(
     assert "Traceback" not in job.output
     assert names(run) == [4]
     assert "resuming at step 4 of 12" in train(fork_server, run, 2)
+
+
+def test_a_disk_that_is_full_from_the_start(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    run = tiny_run("full-at-start")
+    run.folder.mkdir()
+    (run.folder / "recipe.yaml.partial").symlink_to("/dev/full")
+    job = fork_server.start(2, *TRAIN, str(run.recipe))
+    assert job.wait()[0] == 1, job.output
+    says = rf"error: run: {run.folder} can't be written to \(No space left on device\); make room"
+    assert re.search(says, job.output) and "Traceback" not in job.output, job.output
 
 
 @pytest.mark.parametrize("damage", ["a flipped byte", "a truncated part"])

@@ -7,8 +7,10 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,10 +82,13 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_branch_that_was_left_is_set_aside_and_the_new_one_kept(tmp_path: Path) -> None:
+    """Before anything else tells of the new one: the next `--resume auto` is to take the same."""
     save(tmp_path, 20)
     flip(save(tmp_path, 30) / "part-00000.safetensors")
     (tmp_path / "step-x").mkdir()  # not ours
     (tmp_path / "step-00000028.partial").mkdir()  # of a killed run
+    retention.Retention(tmp_path, 1, True).leave(20)
+    assert find_checkpoint(tmp_path, "auto").step == 20  # type: ignore[union-attr]
     save(tmp_path, 25, keep=1)
     assert [path.name for path in published(tmp_path)] == ["step-00000025"]
     assert find_checkpoint(tmp_path, "auto").step == 25  # type: ignore[union-attr]
@@ -168,43 +173,93 @@ class Killed(BaseException):
     """Nothing is done after it, as after SIGKILL."""
 
 
-@pytest.mark.parametrize("point", range(11))
+class Inline:
+    """A thread that has done its work when it is started: so a kill hits that as well."""
+
+    def __init__(self, target: Callable[..., None], args: Sequence[Any]):
+        self.start = functools.partial(target, *args)
+
+    def join(self) -> None:
+        pass
+
+
+class Point:
+    """A call that changes the disk, by its number; whoever makes it dies before."""
+
+    def __init__(self, number: int, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.number, self.folder, self.monkeypatch = number, folder, monkeypatch
+        self.was_reached = False
+
+    @contextmanager
+    def kill(self) -> Iterator[None]:
+        calls = itertools.count()
+
+        def dies(call: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*arguments: Any, **options: Any) -> Any:
+                if next(calls) == self.number:
+                    raise Killed
+                return call(*arguments, **options)
+
+            return called
+
+        with self.monkeypatch.context() as patched:
+            patched.setattr(retention, "threading", SimpleNamespace(Thread=Inline))
+            for place, name in (
+                *((Path, name) for name in ("rename", "replace", "mkdir", "unlink")),
+                *((checkpoint_writer, name) for name in ("sync_folder", "write_synced")),
+                *((retention, name) for name in ("sync_folder", "write_synced", "_remove")),
+            ):
+                patched.setattr(place, name, dies(getattr(place, name)))
+            try:
+                yield
+            except Killed:
+                self.was_reached = True
+
+
+def at_every_point(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
+    """The points, each with a folder of its own, until one is not reached."""
+    for number in itertools.count():
+        point = Point(number, folder / f"point-{number}", monkeypatch)
+        point.folder.mkdir()
+        yield point
+        if not point.was_reached:
+            assert number >= 10
+            return
+
+
 def test_a_step_that_is_published_again_is_there_at_every_moment(
-    point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after an evaluation that was broken off; where it is the only one, too."""
-    save(tmp_path, 2)
-    calls = itertools.count()
+    for point in at_every_point(tmp_path, monkeypatch):
+        save(point.folder, 2)
+        with point.kill():
+            save(point.folder, 2)
+        found = newest_checkpoint(point.folder)
+        assert found is not None and found.step == 2
+        assert len(found.tensors) == len(entries(2))
+        again = find_checkpoint(point.folder, "auto")
+        assert again is not None and again.step == 2
+        assert save(point.folder, 2).name == "step-00000002"
+        assert sorted(path.name for path in point.folder.iterdir()) == ["latest", "step-00000002"]
 
-    def dies(call: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **options: Any) -> Any:
-            if next(calls) == point:
-                raise Killed
-            return call(*arguments, **options)
 
-        return called
-
-    with monkeypatch.context() as patched:
-        for place, name in (
-            *((Path, name) for name in ("rename", "replace", "mkdir", "unlink")),
-            *((checkpoint_writer, name) for name in ("sync_folder", "write_synced")),
-            *((retention, name) for name in ("sync_folder", "write_synced", "_remove")),
-        ):
-            patched.setattr(place, name, dies(getattr(place, name)))
-        try:
-            save(tmp_path, 2)
-        except Killed:
-            assert point < 10
-        else:
-            assert point == 10, "more points than there are"
-    found = newest_checkpoint(tmp_path)
-    assert found is not None and found.step == 2
-    assert len(found.tensors) == len(entries(2))
-    again = find_checkpoint(tmp_path, "auto")
-    assert again is not None and again.step == 2
-    assert save(tmp_path, 2).name == "step-00000002"
-    assert sorted(path.name for path in tmp_path.glob("[!s]*")) == ["latest"]
-    assert [path.name for path in tmp_path.glob("*step*")] == ["step-00000002"]
+def test_while_old_ones_are_retired_a_good_one_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best one stays, whatever its age, and what a kill has left goes with the next one."""
+    for point in at_every_point(tmp_path, monkeypatch):
+        save(point.folder, 1, keep=2, ap=0.5)
+        save(point.folder, 2, keep=2, ap=0.3)
+        with point.kill():
+            save(point.folder, 3, keep=1, ap=0.1)
+        found = find_checkpoint(point.folder, "auto")
+        assert found is not None and found.step in (2, 3)
+        best = (point.folder / "best").read_text()
+        assert load_checkpoint(point.folder / best).step == 1
+        save(point.folder, 4, keep=1, ap=0.2)
+        names = sorted(path.name for path in point.folder.iterdir())
+        assert names == ["best", "latest", "step-00000001", "step-00000004"]
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.process
 WRITES = Path(__file__).with_name("ranks_killed_writing.py")
 EVERY = 3  # steps between checkpoints
 SECTIONS: dict[str, Any] = {
-    "checkpoint": {"every_steps": EVERY, "keep": 2, "keep_best": False},
+    "checkpoint": {"every_steps": EVERY, "keep": 1, "keep_best": False},
     "deepspeed": {"stage": 2},
     "evaluation": {"every_epochs": 100},
 }
@@ -103,6 +103,23 @@ def test_random_ranks_at_random_moments(
         runs += 1
 
 
+def test_a_run_that_went_back_and_is_killed_goes_on_from_there(
+    fork_server: ForkServer, tiny_run: Callable[..., Any], uninterrupted: tuple[str, float]
+) -> None:
+    """Before it has published anything: what metrics.jsonl has and where it goes on are one."""
+    run = tiny_run("back", **{**SECTIONS, "checkpoint": {"every_steps": 6}})
+    train(fork_server, run, 2)
+    check_same(run, uninterrupted)
+    middle = run.folder / "checkpoints/step-00000006"
+    job = fork_server.start(2, *TRAIN, str(run.recipe), "--resume", str(middle))
+    job.wait_for_line("training ")
+    os.kill(job.processes[0], signal.SIGKILL)
+    job.wait()
+    assert "step-00000012 is not of this run's past" in job.output
+    assert "resuming at step 6 of 12" in train(fork_server, run, 2)
+    check_same(run, uninterrupted)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.timeout(900)
 def test_at_every_point_of_writing_a_checkpoint(
@@ -126,6 +143,7 @@ def test_at_every_point_of_writing_a_checkpoint(
         assert left in (
             [f"step-{EVERY:08d}"],
             [f"step-{2 * EVERY:08d}", f"step-{EVERY:08d}"],
+            [f"step-{2 * EVERY:08d}"],
         ), f"point {point}"
         resume(fork_server, run)
         check_same(run, uninterrupted)

@@ -146,6 +146,7 @@ def test_sigterm_to_the_front_process_leaves_nobody(
     while left := processes_with(str(run.recipe)):
         assert time.monotonic() < deadline_s, left
         time.sleep(0.05)  # between two looks
+    assert time.monotonic() < deadline_s, "nobody is left, but it took longer than ten seconds"
     [newest] = published(run.folder / "checkpoints")
     saved = load_checkpoint(newest)
     assert saved.step == last_step(run)

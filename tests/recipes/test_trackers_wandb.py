@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from PIL import Image
 from convnext_yolo.recipes.load import load_recipe
 from convnext_yolo.recipes.tracking import Tracker, pictures_path
 from convnext_yolo.recipes.tracking_wandb import read_history
+
+from .conftest import TinyRun
+from .forkserver import ForkServer
+from .short_runs import kill_at_step, train
 
 pytestmark = pytest.mark.process
 
@@ -177,6 +182,22 @@ def test_a_killed_run_that_is_gone_on_with_is_one_run_with_each_step_once(
     assert sync.stderr.count("Finished syncing") == len(sessions)
     sent = [service.history[line] for line in sorted(service.history)]
     assert [(row["step"], row["_step"]) for row in sent] == [(n, n) for n in range(1, 13)]
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_is_the_same_run_again(
+    fork_server: ForkServer, tiny_run: Callable[..., TinyRun]
+) -> None:
+    """It gives the same numbers once more; another recipe does not."""
+    run = tiny_run("wandb-early", "offline", checkpoint={"every_steps": 1000})
+    kill_at_step(fork_server, run, 2)
+    train(fork_server, run, 1)
+    logs = sorted(run.folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len({log.name for log in logs}) == 1
+    rows = [row["step"] for log in logs for row in read_history(log) if "train/box" in row]
+    assert sorted(rows) == list(range(1, 13))  # each once
+    shutil.rmtree(run.folder / "checkpoints")
+    train(fork_server, run, 1, "--optimizer.lr", "0.002")
+    assert len({log.name for log in run.folder.glob("wandb/offline-run-*/*.wandb")}) == 2
 
 
 def test_a_log_cut_off_anywhere_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
