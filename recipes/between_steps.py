@@ -92,7 +92,7 @@ def save(run: Run, last: bool = False) -> None:
 
     run.writer.begin(
         run.step,
-        state.entries(run.engine, run.ema, run.recipe.optimizer.name),
+        run.entries,
         run_state,
         write_native if run.recipe.checkpoint.native else None,
     )

@@ -191,7 +191,7 @@ class CheckpointWriter:
         files |= {f"part-of-rank-{rank:05d}-{number:05d}": part for number, part in pieces}
         mine = {
             f"{name}.safetensors": _Part(
-                {e.key: self._host_copy(e.key, e.get().detach()) for e in part},
+                self._host_copies({e.key: e.get().detach() for e in part}),
                 {e.name: e.shape for e in part if e.start is not None},
             )
             for name, part in files.items()
@@ -200,12 +200,14 @@ class CheckpointWriter:
             torch.cuda.synchronize()  # the copies do not wait for each other
         return mine
 
-    def _host_copy(self, name: str, tensor: Tensor) -> Tensor:
-        held = self._host.get(name)
-        if held is None or held.shape != tensor.shape:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._host[name] = held
-        return held.copy_(tensor, non_blocking=True)
+    def _host_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
+            if name not in self._host:
+                memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._host[name] = memory
+        held = {name: self._host[name] for name in tensors}
+        torch._foreach_copy_(list(held.values()), list(tensors.values()), non_blocking=True)
+        return held
 
     def _publish(self, pending: _Pending, parts: dict[str, dict[str, Any]]) -> None:
         for path in pending.partial.rglob("*"):  # small ones, which write_more has not named

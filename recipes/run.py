@@ -6,6 +6,7 @@ afterwards, the stream by the number of steps alone.
 """
 
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..model.weights import begin_from
 from . import state
 from .build import architecture
 from .checkpoint import Checkpoint, find_checkpoint, published
-from .checkpoint_writer import CheckpointWriter
+from .checkpoint_writer import CheckpointWriter, Entry
 from .config import Recipe
 from .data import open_shards, training_stream
 from .distributed import World
@@ -134,6 +135,11 @@ class Run:
             self.loss_scale.load(held["loss_scale"])
         else:
             state.create_optimizer_state(self.engine, self.recipe.optimizer.name, 0)
+
+    @functools.cached_property
+    def entries(self) -> list[Entry]:
+        """What a checkpoint holds of this rank: always the same tensors, changed in place."""
+        return state.entries(self.engine, self.ema, self.recipe.optimizer.name)
 
     def batches(self) -> Iterator[Batch]:
         """The micro-batches of this rank from where the run stands."""

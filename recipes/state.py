@@ -71,7 +71,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _first(get: Callable[[], Tensor], count: int) -> Tensor:
-    return get().flatten()[:count]
+    return get().view(-1)[:count]
 
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -193,7 +193,7 @@ def test_a_scale_that_is_too_large_comes_down_in_silence(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_resume_in_bf16_repeats_the_run(
     fork_server: ForkServer, tiny_run: Callable[..., TinyRun], stage: int
 ) -> None:
