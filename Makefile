@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ROOMS  := model data_prep recipes launch demo
 PIP    := $(BIN)/pip --disable-pip-version-check install -c constraints.txt
+# Tests that need neither processes of their own nor a browser: several files at a time.
+UNIT   := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m "not process and not cluster and not browser and not long"
 SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -25,13 +27,14 @@ compare: $(VENV)/.installed  ## the study's design against ours, two seeds each:
 	$(BIN)/python -m convnext_yolo.launch.compare
 
 test: lint types contracts  ## install, then every check, real processes and browser included
-	$(BIN)/pytest
+	$(UNIT)
+	$(BIN)/pytest -m "(process or cluster or browser) and not long"
 
 test-long: $(VENV)/.installed-dev  ## the full matrices: hours
 	$(BIN)/pytest -m long
 
 check: lint types contracts  ## the developer's loop: no processes, no browser
-	$(BIN)/pytest -m "not process and not cluster and not browser and not long"
+	$(UNIT)
 
 lint: $(VENV)/.installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

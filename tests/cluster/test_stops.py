@@ -15,22 +15,7 @@ pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
 GONE_S = 30.0
 LAUNCHERS = ("local", "deepspeed", "torchrun", "accelerate")
-# each launcher and each signal at least once; the others are for `make test-long`
-NOW = {
-    ("local", signal.SIGHUP),
-    ("deepspeed", signal.SIGINT),  # which DeepSpeed itself answers with a pkill on all hosts
-    ("torchrun", signal.SIGTERM),
-    ("accelerate", signal.SIGHUP),
-}
-CASES = [
-    pytest.param(
-        *(launcher, number),
-        marks=[] if (launcher, number) in NOW else pytest.mark.long,
-        id=f"{launcher}-{number.name}",
-    )
-    for launcher in LAUNCHERS
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Somebody else's: to `pkill -f` it looks like a DeepSpeed launcher of ours.
 SOMEBODYS = "python -u -m deepspeed.launcher.launch --somebody"
 LIVES = ["bash", "-c", f"exec -a '{SOMEBODYS}' sleep 4321"]
@@ -52,7 +37,8 @@ def check_stopped(cluster: Cluster, job: Job, step: int) -> None:
         assert host.processes(SOMEBODYS), f"{host.name}: somebody else's process is gone"
 
 
-@pytest.mark.parametrize(("launcher", "number"), CASES)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_to_the_front(
     launcher: str, number: signal.Signals, cluster: Cluster, job: Callable[..., Job]
 ) -> None:

@@ -13,11 +13,11 @@ from .jobs import Job, wait_until_nothing_is_left
 pytestmark = [pytest.mark.process, pytest.mark.cluster]
 
 
-# Slurm's is in test_slurm.py as well, with interruptions; without ssh, in test_lost_hosts.py
-MORE = [pytest.param(launcher, marks=pytest.mark.long) for launcher in ("slurm", "no ssh")]
+# Slurm's is in test_slurm.py as well, with interruptions
+SLURM = pytest.param("slurm", marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate", *MORE])
+@pytest.mark.parametrize("launcher", ["deepspeed", "no ssh", "torchrun", "accelerate", SLURM])
 def test_two_hosts_train_as_one(
     launcher: str, cluster: Cluster, job: Callable[..., Job], uninterrupted: Job
 ) -> None:

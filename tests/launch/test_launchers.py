@@ -1,14 +1,12 @@
-"""What the launchers would run, that their own parsers read it as meant, and that it trains."""
+"""What the launchers would run, and that their own parsers read it as meant."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import pytest
 import yaml
 
 from convnext_yolo.launch import elastic, launchers, slurm
-from convnext_yolo.launch.addresses import free_port
 from convnext_yolo.launch.cli import main
 from convnext_yolo.launch.command import Command
 from convnext_yolo.launch.hostfile import read_hostfile
@@ -26,9 +23,6 @@ from convnext_yolo.launch.supervision import supervise
 from convnext_yolo.recipes.config import Recipe, RecipeError
 from convnext_yolo.recipes.engine import batch_plan, deepspeed_config
 from convnext_yolo.recipes.load import load_recipe
-from convnext_yolo.recipes.tracking import read_metrics
-
-from .conftest import STEPS
 
 BIN = Path(sys.executable).parent
 OPTIONS = ["--optimizer.lr", "0.0005", "--deepspeed.stage", "3"]
@@ -501,196 +495,6 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 # ---- processes
-
-
-def environment(*folders: Path) -> dict[str, str]:
-    path = ":".join([*map(str, folders), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def start(
-    *words: object, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.Popen[str]:
-    """A process with its output in one, in a session of its own."""
-    return subprocess.Popen(
-        [str(word) for word in words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=env or environment(),
-        cwd=cwd,
-    )
-
-
-def trained(folder: Path, *processes: subprocess.Popen[str]) -> list[list[float]]:
-    """The losses of each step, when all have ended well."""
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * len(processes), "\n".join(outputs)
-    assert "global batch 8 = micro-batch 2 x 2 x 2" in "".join(outputs), outputs
-    return losses(folder)
-
-
-def losses(folder: Path) -> list[list[float]]:
-    records = [r for r in read_metrics(folder / "run") if r["kind"] == "train"]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    return [[r[name] for name in ("box", "obj", "cls")] for r in records]
-
-
-@pytest.fixture(scope="module")
-def expected(
-    tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Callable[..., Path]
-) -> list[list[float]]:
-    """The losses of `launch local`."""
-    folder = tmp_path_factory.mktemp("local")
-    recipe = tiny_recipe(folder)
-    words = (BIN / "convnext-yolo", "launch", "local", "--config", recipe, "--processes", 2)
-    return trained(folder, start(*words))
-
-
-def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
-    assert found == [pytest.approx(step, abs=1e-4) for step in expected]
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
-def test_two_hosts_started_by_hand(
-    launcher: str,
-    tmp_path: Path,
-    tiny_recipe: Callable[..., Path],
-    expected: list[list[float]],
-) -> None:
-    """Twice the same command with another --node-rank, here on one host."""
-    recipe, port = tiny_recipe(tmp_path), free_port()
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    where = {
-        "torchrun": ["--nodes", 2, "--rdzv-endpoint", f"127.0.0.1:{port}"],
-        "accelerate": ["--nodes", 2, "--master", f"127.0.0.1:{port}"],
-        "deepspeed": ["--hostfile", hostfile, "--no-ssh", "--master-port", port],
-    }[launcher]
-    words = [BIN / "convnext-yolo", "launch", launcher, "--config", recipe, *where]
-    words += [] if launcher == "deepspeed" else ["--processes-per-node", 1]
-    assert_same(trained(tmp_path, *(start(*words, "--node-rank", k) for k in (0, 1))), expected)
-
-
-@pytest.fixture
-def ssh_to_here(tmp_path: Path) -> Path:
-    """A folder with an `ssh` that runs the command on this machine, whatever the host."""
-    ssh = tmp_path / "bin" / "ssh"
-    ssh.parent.mkdir()
-    # pdsh: ssh OPTIONS… HOST COMMAND…
-    skip = 'while [[ $1 == -* ]]; do if [ "$1" = -o ]; then shift; fi; shift; done; shift'
-    ssh.write_text(f'#!/bin/bash\n{skip}\nexec sh -c "$*"\n')
-    ssh.chmod(0o755)
-    return ssh.parent
-
-
-@pytest.mark.process
-def test_deepspeed_over_pdsh(
-    tmp_path: Path,
-    tiny_recipe: Callable[..., Path],
-    expected: list[list[float]],
-    ssh_to_here: Path,
-    component: Callable[[str], Path],
-) -> None:
-    component("pdsh")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
-    words = ("--hostfile", hostfile, "--master-addr", "127.0.0.1")
-    words += ("--master-port", str(free_port()))
-    process = start(
-        *(BIN / "convnext-yolo", "launch", "deepspeed", "--config", tiny_recipe(tmp_path), *words),
-        env=environment(ssh_to_here),
-    )
-    assert_same(trained(tmp_path, process), expected)
-
-
-@pytest.mark.process
-def test_a_signal_over_pdsh_saves_and_touches_no_other_job(
-    tmp_path: Path,
-    tiny_recipe: Callable[..., Path],
-    ssh_to_here: Path,
-    component: Callable[[str], Path],
-) -> None:
-    """DeepSpeed's own answer would end whatever has its per-node launcher's name."""
-    component("pdsh")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
-    words = ["--hostfile", hostfile, "--master-addr", "127.0.0.1", "--master-port", free_port()]
-    recipe = tiny_recipe(tmp_path, schedule={"epochs": 1000, "warmup_epochs": 1})
-    name = "python -u -m deepspeed.launcher.launch"  # another job's, by what pkill sees
-    other = start("bash", "-c", f"exec -a '{name}' sleep 1000")
-    process = start(
-        *(BIN / "convnext-yolo", "launch", "deepspeed", "--config", recipe, *words),
-        env=environment(ssh_to_here),
-    )
-    deadline_s = time.monotonic() + 200
-    while not any(r["kind"] == "train" for r in read_metrics(tmp_path / "run")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline_s, "no step in time"
-        time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and "is saved, `--resume auto` goes on" in output, output
-    assert other.poll() is None
-    other.kill()
-    other.communicate()
-    assert not any(str(recipe) in words for words in command_lines())
-    assert "training" in (tmp_path / "run/logs/rank-0.log").read_text()
-    assert (tmp_path / "run/logs/rank-1.log").exists()
-
-
-def command_lines() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if int(path.parent.name) != os.getpid():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                found.append(path.read_bytes().decode(errors="replace"))
-    return found
-
-
-@pytest.fixture
-def slurm_here(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job's first host, and the programs of Slurm that its script calls.
-
-    `srun` starts its tasks here, two unless it is asked for others.
-    """
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    programs = {
-        "srun": "count=2\nwhile [[ $1 == -* ]]; do\n"
-        "  if [[ $1 == --ntasks=* ]]; then count=${1#*=}; fi\n  shift\ndone\n"
-        "export SLURM_NTASKS=$count\n"
-        'if [ "$count" = 1 ]; then exec "$@"; fi\n'  # a probe is asked through its standard input
-        'for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks+=($!); done\n'
-        'code=0; for t in "${tasks[@]}"; do wait "$t" || code=$?; done; exit "$code"',
-        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else touch {folder}/requeued; fi',
-        "squeue": "echo RUNNING",
-    }
-    for name, text in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "host"}
-    job["SLURM_TASKS_PER_NODE"] = "2"
-    return {**environment(folder), **job}
-
-
-@pytest.mark.process
-def test_the_slurm_script(
-    tmp_path: Path,
-    tiny_recipe: Callable[..., Path],
-    expected: list[list[float]],
-    slurm_here: dict[str, str],
-) -> None:
-    """It trains as the others do, and is then done."""
-    recipe = tiny_recipe(tmp_path)
-    command = slurm.slurm([str(recipe)], "never", [], slurm.Allocation(nodes=1, processes=2))
-    command.write_files()
-    script = command.words[-1]
-    assert_same(trained(tmp_path, start("bash", script, env=slurm_here)), expected)
-    assert not (tmp_path / "slurm/requeued").exists()
 
 
 def test_run_passes_the_exit_code_on() -> None:
