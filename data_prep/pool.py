@@ -68,11 +68,12 @@ class _Pool(ProcessPoolExecutor):
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Ctrl-C and a kill wait until a process is there: half-started, it could not be ended.
+    """What would end this process waits until another is there: half-started, none could be ended.
 
     Processes inherit the mask: Ctrl-C is for the parent alone, which stops them.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    numbers = [number for number in ends if signal.getsignal(number) is not signal.SIG_IGN]
     came: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere nothing interrupts

@@ -23,8 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     # A plain kill, a terminal that closes, a scheduler's warning: they unwind like Ctrl-C, so that
-    # nothing half-written stays. Under nohup, what is ignored stays so.
-    heeded = [n for n in ENDS if signal.getsignal(n) is not signal.SIG_IGN]
+    # nothing half-written stays. Under nohup, what is ignored stays so. A rank has nothing to
+    # unwind until it heeds them itself, and while it meets the others it could not.
+    is_rank = "RANK" in os.environ and options.is_run_by_ranks
+    ends = () if is_rank else ENDS
+    heeded = [n for n in ends if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _interrupt) for number in heeded}
     try:
         return options.run_command(options) or 0
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
-        if getattr(error, "on_one_rank", False) or _is_left_alone():
+        if not is_rank or getattr(error, "on_one_rank", False) or _is_left_alone():
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return int(code)
     finally:
@@ -52,8 +55,10 @@ def _is_left_alone() -> bool:
     One that ends before might have the launcher end the main rank with its sentence unsaid. One
     that is still here after a while has found the mistake alone: a file that only its host lacks.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ["RANK"] == "0":
         return True
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # all were asked to stop, and do
+        return False
     try:
         time.sleep(MAIN_RANK_S)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`make compare`: the study's design against ours on bundled data, two seeds of each.
 
 Same pictures, trunk, epochs, augmentation and optimizer; what differs is neck, head, assignment
-and losses. Half as long as the quickstart, so that neither has learnt all there is to learn: COCO
+and losses. Shorter than the quickstart, so that neither has learnt all there is to learn: COCO
 in 50 epochs is more like that. A run that is finished is not repeated, one that was interrupted
 goes on.
 """

@@ -28,7 +28,7 @@ def add_command(commands: Commands, name: str, text: str, epilog: str = "") -> P
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(parser=parser, takes_recipe_keys=False)
+    parser.set_defaults(parser=parser, takes_recipe_keys=False, is_run_by_ranks=False)
     return parser
 
 

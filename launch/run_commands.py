@@ -28,7 +28,7 @@ def _train(commands: Commands) -> None:
 
         return train(recipe, options.resume, above)
 
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, is_run_by_ranks=True)
 
 
 def _preview(commands: Commands) -> None:

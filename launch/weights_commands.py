@@ -58,7 +58,7 @@ def _eval(commands: Commands) -> None:
             cache_options(DataSection(**given)),
         )
 
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, is_run_by_ranks=True)
 
 
 def _above_zero(text: str) -> float:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,23 @@ def start_world() -> World:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """The world, until the work in it is done.
+
+    Of several ranks, one that fails stays in the group to its end, so that it may tell why: if it
+    left, the others would fail for that at once, and launchers end all at the first failure.
+    """
+    world = start_world()
+    try:
+        yield world
+    except BaseException:
+        if world.size == 1:
+            stop_world()
+        raise
+    stop_world()
 
 
 def stop_world() -> None:

@@ -17,7 +17,7 @@ from ..data_prep.batch import Batch
 from ..model.assign import Targets
 from .between_steps import close, evaluate_now, note_corrupt, publish, record, save
 from .config import Recipe
-from .distributed import start_world, stop_world
+from .distributed import joined_world
 from .engine import commit_batch_statistics
 from .guard import MicroBatch
 from .heartbeat import START, heartbeat
@@ -44,13 +44,13 @@ def train(recipe: Recipe, resume: str = "auto", above: Mapping[int, int] | None 
             sentence.
     """
     heartbeat().beat(START)
-    world = start_world()
-    try:
-        with StopRequest(above) as stop, sole_writer(Path(recipe.run), lambda: stop.asked):
-            stopped = train_to_end(Run(recipe, world, resume, stop))
-        return recipe.checkpoint.stop_exit_code if stopped else 0
-    finally:
-        stop_world()
+    with (
+        joined_world() as world,
+        StopRequest(above) as stop,
+        sole_writer(Path(recipe.run), lambda: stop.asked),
+    ):
+        stopped = train_to_end(Run(recipe, world, resume, stop))
+    return recipe.checkpoint.stop_exit_code if stopped else 0
 
 
 def train_to_end(run: Run) -> bool:

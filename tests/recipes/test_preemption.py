@@ -6,6 +6,9 @@ import contextlib
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from convnext_yolo.recipes.preemption import SIGNALS, StopRequest
 from convnext_yolo.recipes.resume import is_finished
 from convnext_yolo.recipes.tracking import read_metrics
 
-from .conftest import STEPS, TinyRun, processes_with
+from .conftest import STEPS, TinyRun, environment, free_port, processes_with
 from .forkserver import ForkServer
 from .short_runs import TRAIN, train, wait_for_step
 
@@ -189,3 +192,28 @@ def imports_torch(process: Path) -> bool:
     with contextlib.suppress(OSError):
         return "libtorch" in (process / "maps").read_text()
     return False
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_rank_that_meets_the_others_ends_at_once(
+    tiny_run: Callable[..., TinyRun], number: signal.Signals
+) -> None:
+    """It waits outside of Python, where no handler of ours would be called for half an hour."""
+    run, port = tiny_run(f"meeting-{number.name}"), free_port()
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen(
+        [sys.executable, *TRAIN, str(run.recipe)], env={**environment(), **world}
+    )
+    deadline_s = time.monotonic() + 60
+    while not is_listening(port):
+        assert process.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.05)  # between two looks
+    process.send_signal(number)
+    assert process.wait(10) == -number
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
