@@ -21,6 +21,7 @@ from .native import save_native
 from .optim import group_rates
 from .prediction_pictures import save_predictions
 from .run import Run
+from .trackers import forget_ids
 from .tracking import pictures_path
 
 
@@ -113,6 +114,8 @@ def publish(run: Run, last: bool = False) -> None:
     heartbeat().beat("publishing")
     try:
         run.writer.finish()
+        if run.world.is_main:
+            forget_ids(run.folder)
     except CheckpointError as error:
         run.saved_step = -1
         if last:

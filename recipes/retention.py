@@ -48,6 +48,12 @@ class Retention:
         partial.replace(self.folder / pointer)
         sync_folder(self.folder)
 
+    def _point_or_not(self, pointer: str, path: Path | None) -> None:
+        if path:
+            self.point(pointer, path.name)
+        else:
+            (self.folder / pointer).unlink(missing_ok=True)
+
     def publish(self, partial: Path) -> Path:
         """Gives a complete checkpoint its name.
 
@@ -79,10 +85,14 @@ class Retention:
         Raises:
             OSError: it can't be renamed.
         """
-        for path in published(self.folder):
-            if path.name > f"step-{step:08d}{REPLACED}":
-                aside = set_aside(path)
-                print(f"{path.name} is not of this run's past: now {aside}", file=sys.stderr)
+        newer = [p for p in published(self.folder) if p.name > f"step-{step:08d}{REPLACED}"]
+        for path in newer:
+            aside = set_aside(path)
+            print(f"{path.name} is not of this run's past: now {aside}", file=sys.stderr)
+        if newer:
+            left = published(self.folder)
+            self._point_or_not(LATEST, left[0] if left else None)
+            self._point_or_not(BEST, best_of(left) if self.keep_best else None)
 
     def retire(self) -> None:
         """Keeps the last few, of which the first was just published, and the best."""

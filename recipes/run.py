@@ -7,6 +7,7 @@ afterwards, the stream by the number of steps alone.
 
 import copy
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,9 @@ from .optim import lr_factor, total_steps
 from .precision import LossScale
 from .preemption import StopRequest
 from .resume import check_data, recipe_changes, with_found_micro_batch
-from .trackers import read_ids
+from .trackers import keep_ids, kept_ids
 from .tracking import Tracker
 from .utilization import Utilization
-
-RECIPE = "recipe.yaml"  # in the run's folder
 
 
 class Run:
@@ -205,36 +204,32 @@ class Run:
             self.say(f"the recipe has changed since the checkpoint: {change}")
 
     def _start_tracker(self, checkpoint: Checkpoint | None) -> Tracker:
+        text = self.recipe.to_yaml()
+        course = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()
         try:
-            run_ids = self._tracker_ids(checkpoint)
+            run_ids = self._tracker_ids(checkpoint) if checkpoint else kept_ids(self.folder, course)
             if checkpoint:  # before what trackers and metrics.jsonl hold of the steps to come goes
                 self.writer.retention.leave(self.step)
-            write_whole(self.folder / RECIPE, self.recipe.to_yaml())
-            return Tracker(self.recipe, self.folder, self.step, run_ids)
+            write_whole(self.folder / "recipe.yaml", text)
+            tracker = Tracker(self.recipe, self.folder, self.step, run_ids)
+            if not checkpoint:  # killed before its first one, it gives the same numbers once more
+                keep_ids(self.folder, course, tracker.run_ids)
+            return tracker
         except OSError as error:
             raise TrainingError(
                 f"run: {self.folder} can't be written to ({error.strerror}); make room there, or "
                 "choose another --run"
             ) from None
 
-    def _tracker_ids(self, checkpoint: Checkpoint | None) -> dict[str, str]:
-        """The ids under which trackers hold the steps until here, and perhaps those to come."""
-        if checkpoint:
-            branches_off = self._branches_off(checkpoint)
-            return {} if branches_off else dict(checkpoint.state["tracker_ids"])
-        # A run that was killed before its first checkpoint gives the same numbers once more.
-        before = self.folder / RECIPE
-        is_same = before.exists() and before.read_text(encoding="utf-8") == self.recipe.to_yaml()
-        return read_ids(self.folder) if is_same else {}
+    def _tracker_ids(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Its trackers' ids, unless they hold another course of the steps to come.
 
-    def _branches_off(self, checkpoint: Checkpoint) -> bool:
-        """Whether trackers hold another course of the steps to come, which they would keep.
-
-        So it is where another run's checkpoint was given, or an earlier one of this run under a
-        recipe that has changed: else the steps that are repeated give the same numbers again.
+        They would keep that. So it is where another run's checkpoint was given, or an earlier one
+        of this run under a recipe that has changed: else the steps that are repeated give the same
+        numbers again.
         """
         folder = self.folder / "checkpoints"
-        if checkpoint.path.resolve().parent != folder.resolve():
-            return True
-        is_newest = published(folder)[0].name == checkpoint.path.name
-        return bool(self.changes) and not is_newest
+        is_here = checkpoint.path.resolve().parent == folder.resolve()
+        is_newest = is_here and published(folder)[0].name == checkpoint.path.name
+        goes_on = is_newest or (is_here and not self.changes)
+        return dict(checkpoint.state["tracker_ids"]) if goes_on else {}

@@ -87,8 +87,11 @@ def test_a_branch_that_was_left_is_set_aside_and_the_new_one_kept(tmp_path: Path
     flip(save(tmp_path, 30) / "part-00000.safetensors")
     (tmp_path / "step-x").mkdir()  # not ours
     (tmp_path / "step-00000028.partial").mkdir()  # of a killed run
+    (tmp_path / "best").write_text("step-00000030")
     retention.Retention(tmp_path, 1, True).leave(20)
     assert find_checkpoint(tmp_path, "auto").step == 20  # type: ignore[union-attr]
+    assert (tmp_path / "latest").read_text() == "step-00000020"
+    assert not (tmp_path / "best").exists()  # 20 has no evaluation
     save(tmp_path, 25, keep=1)
     assert [path.name for path in published(tmp_path)] == ["step-00000025"]
     assert find_checkpoint(tmp_path, "auto").step == 25  # type: ignore[union-attr]
