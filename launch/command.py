@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..recipes.files import write_whole
-
 
 @dataclass(frozen=True)
 class File:
@@ -79,11 +77,6 @@ class Command:
             return replace(self, environment={**self.environment, **variables})
         lines = "".join(f"{name}={value}\n" for name, value in variables.items())
         return replace(self, env_file=replace(self.env_file, text=self.env_file.text + lines))
-
-    def write_files(self) -> None:
-        """Writes the files, each in one step."""
-        for file in self.all_files:
-            write_whole(file.path, file.text)
 
 
 def program(name: str) -> str:

@@ -82,16 +82,17 @@ def run_launcher(
         from .job import LaunchError
         from .supervision.supervise import run
 
-        before: list[str] = []  # the newest checkpoint when the first was started
+        before: list[set[tuple[str, int]]] = []  # the checkpoints when the first was started
 
         def command(lost: frozenset[str]) -> Command:
             if lost:
                 if not hasattr(options, "lost"):
                     raise LaunchError(f"{', '.join(sorted(lost))} is lost, and there is no other")
                 options.lost = lost
-            if before and before[0] != _newest(options):
+            found = _published(options)
+            if before and found - before[0]:
                 options.resume = "auto"  # else what was named is still where the run is to go on
-            before[:] = before or [_newest(options)]
+            before[:] = before or [found]
             rendered = render(options)
             assert isinstance(rendered, Command)
             return rendered
@@ -101,10 +102,10 @@ def run_launcher(
     parser.set_defaults(run_command=run)
 
 
-def _newest(options: argparse.Namespace) -> str:
-    """The name of the newest checkpoint of the run, if any."""
+def _published(options: argparse.Namespace) -> set[tuple[str, int]]:
+    """The checkpoints of the run: a step may be published again, so each with its time."""
     from ..recipes.load import load_recipe, recipe_path
 
     recipe = load_recipe([recipe_path(name) for name in options.config], options.rest)
-    names = sorted(path.name for path in (Path(recipe.run) / "checkpoints").glob("step-????????"))
-    return names[-1] if names else ""
+    manifests = (Path(recipe.run) / "checkpoints").glob("step-????????/manifest.json")
+    return {(path.parent.name, path.stat().st_mtime_ns) for path in manifests}

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...recipes.files import write_whole
 from ..command import Command
 from ..job import LaunchError
+
+FILES = 16_384  # ranks of the largest jobs
 
 
 def start(command: Command, **options: Any) -> "subprocess.Popen[Any]":
@@ -39,22 +42,29 @@ def write_files(command: Command, *folders: Path) -> None:
     Raises:
         LaunchError: the disk refuses one.
     """
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        command.write_files()
-    except OSError as error:
-        raise LaunchError(
-            f"{error.filename}: can't be written ({error.strerror}); mend that, or choose another "
-            "--run"
-        ) from None
+    wanted: list[tuple[Path, str | None]] = [(folder, None) for folder in folders]
+    wanted += [(file.path, file.text) for file in command.all_files]
+    for path, text in wanted:
+        try:
+            if text is None:
+                path.mkdir(parents=True, exist_ok=True)
+            else:
+                write_whole(path, text)
+        except OSError as error:
+            raise LaunchError(
+                f"{path}: can't be written ({error.strerror}); mend that, or choose another --run"
+            ) from None
 
 
 def allow_many_files() -> None:
-    """As many open files as this process may have: often 1,024 until it asks for more."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # a limit that can't be had, as in macOS
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """More open files than the usual 1,024, if this process may have them.
+
+    Not as many as it may: children inherit the limit, and pdsh closes each number up to it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def has_ended(child: "subprocess.Popen[Any]") -> bool:

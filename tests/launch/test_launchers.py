@@ -20,6 +20,7 @@ from convnext_yolo.launch.command import Command
 from convnext_yolo.launch.hostfile import read_hostfile
 from convnext_yolo.launch.job import LaunchError, given_environment, rank_environment
 from convnext_yolo.launch.supervision import supervise
+from convnext_yolo.launch.supervision.processes import write_files
 from convnext_yolo.recipes.config import Recipe, RecipeError
 from convnext_yolo.recipes.engine import batch_plan, deepspeed_config
 from convnext_yolo.recipes.load import load_recipe
@@ -97,7 +98,7 @@ def of_torchrun(command: Command) -> tuple[int, Sequence[str]]:
 def of_accelerate(command: Command) -> tuple[int, Sequence[str]]:
     from accelerate.commands import launch
 
-    command.write_files()
+    write_files(command)
     parsed = launch.launch_command_parser().parse_args(command.words[2:])
     parsed, _, _ = launch._validate_launch_command(parsed)
     assert parsed.multi_gpu and parsed.module and not parsed.use_deepspeed
@@ -106,7 +107,7 @@ def of_accelerate(command: Command) -> tuple[int, Sequence[str]]:
 
 
 def of_slurm(command: Command) -> tuple[int, Sequence[str]]:
-    command.write_files()
+    write_files(command)
     script = Path(command.words[-1]).read_text()
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.M))
     [recipe] = re.findall(r"^recipe=\((.*)\)$", script, re.M)
@@ -196,7 +197,7 @@ def test_a_dry_run_is_a_script_and_writes_nothing(
     assert set(printed) == {"recipe.yaml", "job.sbatch"}
     assert Path(f"{sbatch}.submitted").read_bytes() == printed["job.sbatch"]
     command = slurm.slurm(["quickstart"], "auto", ["--run", str(run)], slurm.Allocation(nodes=2))
-    command.write_files()
+    write_files(command)
     assert {p.name: p.read_bytes() for p in (run / "launch").iterdir()} == printed
 
 
@@ -307,25 +308,35 @@ def test_no_ssh_of_a_job_serves_other_sessions(
 def test_a_restart_goes_on_from_the_named_checkpoint_until_there_is_a_newer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` would take the branch that was left."""
+    """`auto` would take the branch that was left; what a start sets aside is nothing newer."""
     checkpoints = tmp_path / "checkpoints"
-    (checkpoints / "step-00001000").mkdir(parents=True)
-    given = str(checkpoints / "step-00000500")
+
+    def publish(name: str, time_s: int) -> None:
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "manifest.json").touch()
+        os.utime(checkpoints / name / "manifest.json", (time_s, time_s))
+
+    publish("step-00000100", 1)
+    publish("step-00001000", 2)
+    given = str(tmp_path / "set-aside-step-00000500")
     resumed: list[str] = []
 
     def run(render: Callable[..., Command], *_: object) -> None:
-        for newest in ("", "step-00001500"):
+        def start() -> None:
             command = render(frozenset())
             resumed.append(command.words[command.words.index("--resume") + 1])
-            if newest:
-                (checkpoints / newest).mkdir()
-        command = render(frozenset())
-        resumed.append(command.words[command.words.index("--resume") + 1])
+
+        start()
+        start()
+        (checkpoints / "step-00001000").rename(checkpoints / "set-aside-step-00001000")
+        start()
+        publish("step-00001000", 3)
+        start()
 
     monkeypatch.setattr(supervise, "run", run)
     keys = ["--config", "quickstart", "--run", str(tmp_path), "--resume", given, "--no-doctor"]
     assert main(["launch", "local", *keys]) == 0
-    assert resumed == [given, given, "auto"]
+    assert resumed == [given, given, given, "auto"]
 
 
 def test_each_rank_has_its_host_where_hosts_are_started_by_hand(

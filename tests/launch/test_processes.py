@@ -22,7 +22,7 @@ from convnext_yolo.launch.supervision.processes import (
 )
 from convnext_yolo.recipes import heartbeat
 
-MARK = "CONVNEXT_YOLO_TEST=of this very job"
+MARK = f"CONVNEXT_YOLO_TEST=of this very job, {os.getpid()}"
 
 
 @pytest.fixture
@@ -91,9 +91,13 @@ def test_a_folder_that_can_not_be_made_is_a_sentence(tmp_path: Path) -> None:
         write_files(Command(["true"]), below / "logs")
     with pytest.raises(LaunchError, match=says):
         write_files(Command(["true"], files=(File(below / "recipe.yaml", ""),)))
+    full = tmp_path / "recipe.yaml"
+    full.with_name("recipe.yaml.partial").symlink_to("/dev/full")
+    with pytest.raises(LaunchError, match=r"recipe.yaml: can't be written \(No space left"):
+        write_files(Command(["true"], files=(File(full, "some text"),)))
 
 
-def test_a_front_may_have_as_many_ranks_as_the_system_allows() -> None:
+def test_a_front_may_have_more_ranks_than_files_are_open_as_a_rule() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (
         "import resource; from convnext_yolo.launch.supervision.processes import allow_many_files; "
