@@ -12,4 +12,10 @@ if FRONT in os.environ:  # a rank of a supervised job
 
 from .cli import main
 
-sys.exit(main())
+code = main()
+if code and "RANK" in os.environ:
+    # A rank with a mistake is still in its group, whose threads may not outlive an orderly end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+sys.exit(code)

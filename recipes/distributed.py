@@ -64,14 +64,15 @@ def start_world() -> World:
 def joined_world() -> Iterator[World]:
     """The world, until the work in it is done.
 
-    Of several ranks, one that fails stays in the group to its end, so that it may tell why: if it
-    left, the others would fail for that at once, and launchers end all at the first failure.
+    Of several ranks, one with a user's mistake stays in the group to its end, so that it may tell
+    it: if it left, the others would fail for that at once, and launchers end all at the first
+    failure.
     """
     world = start_world()
     try:
         yield world
-    except BaseException:
-        if world.size == 1:
+    except BaseException as error:
+        if world.size == 1 or not hasattr(error, "exit_code"):
             stop_world()
         raise
     stop_world()
