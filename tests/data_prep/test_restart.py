@@ -158,7 +158,8 @@ def test_a_run_that_is_ended_leaves_no_process_and_is_continued(coco_files, tmp_
     )
     journal = tmp_path / "out.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
-    while not journal.exists() and time.monotonic() < deadline:
+    while not (journal.exists() and b"\n" in journal.read_bytes()):  # the first shard is noted
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(run.pid, end) if end == signal.SIGINT else run.kill()
     assert run.wait(60) != 0
