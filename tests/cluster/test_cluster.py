@@ -105,6 +105,7 @@ def test_a_slurm_job_is_requeued_and_starts_again(cluster: Cluster, tmp_path: Pa
     ]
 
 
+@pytest.mark.long  # test_slurm.py has a job that is warned
 def test_slurm_warns_of_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     a, _ = cluster.hosts
     script, log = tmp_path / "job", tmp_path / "said"
@@ -115,6 +116,7 @@ def test_slurm_warns_of_a_time_limit(cluster: Cluster, tmp_path: Path) -> None:
     wait_for(lambda: log.exists() and log.read_text().count("told") == 2, "both are told", 60)
 
 
+@pytest.mark.long
 def test_slurm_gives_up_a_lost_host_and_starts_its_job_again(
     cluster: Cluster, tmp_path: Path
 ) -> None:

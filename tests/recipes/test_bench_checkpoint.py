@@ -46,7 +46,9 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path, capsys: Any) -
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("processes", "stage"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("processes", "stage"), [(2, 3), pytest.param(1, 1, marks=pytest.mark.long)]
+)
 def test_an_asynchronous_save_holds_the_loop_little(
     processes: int, stage: int, tmp_path: Path, capfd: Any
 ) -> None:

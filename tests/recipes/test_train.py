@@ -102,7 +102,10 @@ def check_same_losses(ours: Any, theirs: Any) -> None:
         assert found == pytest.approx(want, abs=1e-4), f"step {step + 1}"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)],  # tests/cluster has it
+)
 def test_launchers_train_the_same(whole: Any, tiny_run: Callable[..., Any], launcher: str) -> None:
     """The same recipe under every launcher."""
     run = tiny_run(launcher)
