@@ -6,6 +6,7 @@ that others can't resolve: which host serves it, and the address that each is re
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -116,7 +117,13 @@ def _job(
     address, colon, port = hosts.master.rpartition(":")
     if not colon or not address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise LaunchError(f"{flag} {hosts.master}: is not HOST:PORT; give host 0's, as in a:29500")
-    address = address.removeprefix("[").removesuffix("]")  # as IPv6 is written before a port
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    elif re.search(r"[][:]", address):  # whether its end is a port, nobody knows
+        raise LaunchError(
+            f"{flag} {hosts.master}: is not HOST:PORT; an address of IPv6 stands between brackets "
+            "there, as in [fd00::1]:29500"
+        )
     return replace(job, master_address=address, master_port=int(port))
 
 

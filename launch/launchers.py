@@ -24,6 +24,7 @@ from .job import (
     rank_environment,
 )
 
+_NOT_HANDED_ON = r'["$`\\%\n]'  # shells on the way expand or drop these in a variable's value
 # What means nothing to a shell, pdsh or DeepSpeed's own quoting.
 _PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
@@ -195,12 +196,16 @@ def _env_file(job: Job) -> File:
     Raises:
         LaunchError: a value that would not arrive as it is.
     """
-    # Where logs lie is handed on as well, by our supervision.
-    for name, value in (*job.environment.items(), ("run", job.recipe.run)):
-        if re.search(r'["$`\\%\n]', value) or value != value.strip():
+    if re.search(_NOT_HANDED_ON, job.recipe.run):  # where logs lie is handed on as well
+        raise LaunchError(
+            f"run = {job.recipe.run!r}: DeepSpeed can't hand this path to other hosts; choose "
+            "another --run, without quotes, $, `, \\ and %"
+        )
+    for name, value in job.environment.items():
+        if re.search(_NOT_HANDED_ON, value) or value != value.strip():
             raise LaunchError(
                 f"{name}={value!r}: DeepSpeed can't hand this value to other hosts; set it there, "
-                f"or give another by {f'--env {name}=VALUE' if name != 'run' else '--run'}"
+                f"or give another by --env {name}=VALUE"
             )
     lines = "".join(f"{name}={value}\n" for name, value in job.environment.items())
     return File(job.folder / "deepspeed_env", lines)

@@ -21,7 +21,7 @@ from .native import save_native
 from .optim import group_rates
 from .prediction_pictures import save_predictions
 from .run import Run
-from .trackers import forget_ids
+from .tracker_ids import forget_ids
 from .tracking import pictures_path
 
 

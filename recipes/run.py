@@ -36,7 +36,7 @@ from .optim import lr_factor, total_steps
 from .precision import LossScale
 from .preemption import StopRequest
 from .resume import check_data, recipe_changes, with_found_micro_batch
-from .trackers import keep_ids, kept_ids
+from .tracker_ids import keep_ids, kept_ids
 from .tracking import Tracker
 from .utilization import Utilization
 

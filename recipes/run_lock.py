@@ -46,7 +46,10 @@ def sole_writer(folder: Path, stop_asked: Callable[[], bool]) -> Iterator[None]:
             file = (folder / NAME).open("a+", encoding="utf-8")
             mistake = _wait(file, folder, stop_asked)
         except OSError as error:
-            mistake = f"run: {folder} can't be written to ({error.strerror or error})"
+            mistake = (
+                f"run: {folder} can't be written to ({error.strerror or error}); mend that, or "
+                "choose another --run"
+            )
     told: list[Any] = [mistake]
     dist.broadcast_object_list(told)
     try:

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .config import Recipe
-from .files import write_whole
 
 START_LIMIT_S = 30.0
 FINISH_LIMIT_S = 300.0  # uploads of a run that has come to its end
 STOP_LIMIT_S = 5.0  # of one that was asked to stop: launchers kill those that dawdle
 QUEUE_LENGTH = 10_000  # calls
-IDS = "tracker_ids.json"  # in the run's folder, until its first checkpoint has them
 
 Record = Mapping[str, Any]
 Key = tuple[str, int]  # kind and step: of every record, and of one only
@@ -97,31 +95,6 @@ def start_backends(
             lambda: tracking_tensorboard.TensorBoard(recipe, folder, step),
         )
     return start_lanes(recipe, folder, records, starts)
-
-
-def keep_ids(folder: Path, course: str, run_ids: Mapping[str, str]) -> None:
-    """Keeps the trackers' ids of a run that begins, until its first checkpoint does.
-
-    Args:
-        folder: of the run.
-        course: whatever decides what the run is going to log.
-        run_ids: by tracker.
-    """
-    write_whole(folder / IDS, json.dumps({"course": course, "ids": dict(run_ids)}))
-
-
-def kept_ids(folder: Path, course: str) -> dict[str, str]:
-    """Those of a run of the same course that was killed before it had published anything."""
-    try:
-        kept = json.loads((folder / IDS).read_text(encoding="utf-8"))
-        return dict(kept["ids"]) if kept["course"] == course else {}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
-def forget_ids(folder: Path) -> None:
-    """From the first checkpoint on, it has them."""
-    (folder / IDS).unlink(missing_ok=True)
 
 
 def start_lanes(

@@ -420,7 +420,7 @@ def test_what_its_environment_file_can_not_hold(
 ) -> None:
     """The folder of the logs goes through it too; the user's own may be no text."""
     options = ["--batch.global", "32", "--run"]
-    with pytest.raises(LaunchError, match=r"run='.*\$HOME.*can't hand.*or give another by --run"):
+    with pytest.raises(LaunchError, match=r"run = '.*\$HOME'.*can't hand this path.*another --run"):
         launchers.deepspeed(["quickstart"], "auto", [*options, f"{tmp_path}/$HOME"], hostfile)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".deepspeed_env").write_bytes(b"A=\xff\n")
@@ -475,6 +475,8 @@ def test_mistakes_about_hosts(hostfile: Path, fails: Callable[..., str]) -> None
         assert f"{flag} is missing" in fails(*by_hand, "--nodes", 2, "--node-rank", 0)
         two = [*by_hand, "--nodes", 2, flag]
         assert "is not HOST:PORT" in fails(*two, "node1", "--node-rank", 0)
+        for address in ("[fd00::1", "fd00::1", "fd00::1:29500", "[fd00::1:29500"):
+            assert "as in [fd00::1]:29500" in fails(*two, address, "--node-rank", 0), address
         assert "count from 0" in fails(*two, "127.0.0.1:1", "--node-rank", 2)
         assert "give --nodes N" in fails(*by_hand, "--node-rank", 1)
     assert "--sbatch" in fails("launch", "slurm", "--config", "quickstart", "--sbatch", "gpu:1")
